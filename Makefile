@@ -1,0 +1,27 @@
+# An active virtual environment is used as it is; otherwise .venv is made.
+VENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON ?= python3
+INSTALLED := $(VENV)/.eah-kernels-installed
+
+.PHONY: demo test lint resources clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/eah demo
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+resources: $(INSTALLED)
+	$(VENV)/bin/python bench/resources.py $(if $(ALL),--all)
+
+clean:
+	rm -rf .venv build *.egg-info
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@

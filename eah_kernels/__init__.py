@@ -1,0 +1,13 @@
+"""EAH (Enhancing Attention Heads, arXiv 2411.09968) as attention kernels."""
+
+from eah_kernels.api import (
+    EAHResult,
+    SinkStatistics,
+    eah_attention,
+    select_head,
+    shared_map_attention,
+    sink_statistics,
+)
+
+__all__ = ["EAHResult", "SinkStatistics", "eah_attention", "select_head", "shared_map_attention", "sink_statistics"]
+__version__ = "0.1.0"

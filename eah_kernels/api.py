@@ -1,0 +1,340 @@
+"""The public functions: shapes, checks of the arguments, and the choice of the backend.
+
+Nothing here reads a value on the device: checks look at shapes, dtypes, devices and Python numbers only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eah_kernels import ops, reference
+from eah_kernels.masks import Scoring
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
+
+
+class EAHResult(NamedTuple):
+    """output (B, Hq, Sq, Dv) in query's dtype; head (B,) int32, -1 = none; sink_counts (B, Hq) int32."""
+
+    output: Tensor
+    head: Tensor
+    sink_counts: Tensor
+
+
+class SinkStatistics(NamedTuple):
+    """sink_counts (B, Hq) int32; lse (B, Hq, Sq) float32, natural log; column_mean (B, Hq, Skv) float32 or None."""
+
+    sink_counts: Tensor
+    lse: Tensor
+    column_mean: Tensor | None
+
+
+def eah_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    image_mask: Tensor,
+    *,
+    threshold: float = 0.002,
+    min_density: float = 0.0,
+    attention_mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> EAHResult:
+    """Attention in which the head with the most vision sinks lends its map to every head (arXiv 2411.09968, section 4).
+
+    Per batch row: a vision sink of head h is an image-token key whose attention, averaged over the rows that can see
+    it (its own row left out), exceeds `threshold`; the head with the most sinks, lowest index on a tie, is chosen.
+    No head is chosen (-1) when it has no sink, or when sinks / image tokens < `min_density`: that row's output is then
+    ordinary attention.
+
+    Args:
+        query: (B, Hq, Sq, D). float16, bfloat16, float32 or float64; any strides, as for key and value.
+        key: (B, Hkv, Skv, D), Hkv a divisor of Hq (grouped-query attention); query's dtype and device.
+        value: (B, Hkv, Skv, Dv); query's dtype and device. D and Dv at most 256.
+        image_mask: (B, Skv) bool, True where the key is an image token.
+        threshold: a mean attention probability, >= 0.
+        min_density: a fraction of the row's image tokens, 0..1.
+        attention_mask: None; (B, Skv) bool, True = real key; (B|1, 1|Hq, Sq, Skv) bool, True = visible; or that shape in
+            a floating dtype, added to the scaled, soft-capped score, where an entry <= finfo(dtype).min / 2 hides the key.
+        causal: hide the keys after row i's own position i + Skv - Sq; combined with attention_mask.
+        scale: multiplies q . k; default 1 / sqrt(D).
+        sliding_window: hide the keys at own position - sliding_window and before; >= 1.
+        softcap: c > 0 turns the scaled score s into c * tanh(s / c).
+        backend: "auto" (see `choose_backend`), "reference" (eager, differentiable), "torch" (blocked, any device) or
+            "triton" (CUDA or ROCm device, or TRITON_INTERPRET=1). A named backend never falls back.
+
+    Returns:
+        EAHResult. A row of `output` that sees no key is 0. A batch row without image token has head -1 and counts 0.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: the named backend cannot be used here, or an input requires grad and the backend is not
+            "reference".
+    """
+    scoring = _check(query, key, image_mask, attention_mask, causal, scale, sliding_window, softcap)
+    _check_value(query, key, value)
+    _check_fraction("threshold", threshold, math.inf)
+    _check_fraction("min_density", min_density, 1.0)
+    backend = choose_backend(backend, query)
+    if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
+        counts = query.new_zeros(query.shape[:2], dtype=torch.int32)
+        return EAHResult(ops.empty_output(query, value).zero_(), counts.new_full(query.shape[:1], -1), counts)
+    if backend == "reference":
+        dtype = _reference_dtype(query)
+        return EAHResult(
+            *reference.eah_attention(query, key, value, image_mask, threshold, min_density, scoring, dtype)
+        )
+    return EAHResult(*ops.eah_attention(query, key, value, image_mask, threshold, min_density, *scoring, backend))
+
+
+def sink_statistics(
+    query: Tensor,
+    key: Tensor,
+    image_mask: Tensor,
+    *,
+    threshold: float = 0.002,
+    attention_mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    return_column_mean: bool = False,
+    backend: str = "auto",
+) -> SinkStatistics:
+    """The vision sinks of every head, without choosing one. Arguments and errors as for `eah_attention`.
+
+    Returns:
+        SinkStatistics: sink_counts (B, Hq) int32; lse (B, Hq, Sq) float32, the natural log of each row's sum of
+        exponentials, -inf for a row that sees no key; column_mean (B, Hq, Skv) float32, the mean attention c_h[j] of
+        each image-token key, 0 elsewhere, or None unless `return_column_mean`.
+    """
+    scoring = _check(query, key, image_mask, attention_mask, causal, scale, sliding_window, softcap)
+    _check_fraction("threshold", threshold, math.inf)
+    backend = choose_backend(backend, query)
+    batch, heads, q_len, _ = query.shape
+    if query.numel() == 0 or key.shape[2] == 0:
+        counts = query.new_zeros(batch, heads, dtype=torch.int32)
+        lse = query.new_full((batch, heads, q_len), -math.inf, dtype=torch.float32)
+        mean = query.new_zeros(batch, heads, key.shape[2], dtype=torch.float32)
+    elif backend == "reference":
+        dtype = _reference_dtype(query)
+        counts, lse, mean = reference.sink_statistics(query, key, image_mask, threshold, scoring, dtype)
+        lse, mean = lse.float(), mean.float()
+    else:
+        counts, lse, mean = ops.sink_statistics(
+            query, key, image_mask, threshold, return_column_mean, *scoring, backend
+        )
+    return SinkStatistics(counts, lse, mean if return_column_mean else None)
+
+
+def select_head(sink_counts: Tensor, image_mask: Tensor, min_density: float = 0.0) -> Tensor:
+    """The head with the most sinks per batch row, lowest index on a tie.
+
+    Args:
+        sink_counts: (B, Hq) int32, from `sink_statistics`.
+        image_mask: (B, Skv) bool.
+        min_density: no head below this many sinks per image token, 0..1.
+
+    Returns:
+        (B,) int32; -1 where no head has a sink, the row has no image token, or the density is below `min_density`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+    """
+    _require_tensors(sink_counts=sink_counts)
+    if sink_counts.dim() != 2 or sink_counts.shape[1] == 0 or sink_counts.dtype != torch.int32:
+        raise ValueError(f"sink_counts must be (B, Hq) int32 with Hq >= 1, got {_describe(sink_counts)}")
+    _check_image_mask(image_mask, sink_counts.shape[0], None, sink_counts.device)
+    _check_fraction("min_density", min_density, 1.0)
+    return reference.select_head(sink_counts, image_mask, min_density)
+
+
+def shared_map_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention with the map of `head` for every head: P_{h*} V_h, or P_h V_h where `head` is -1.
+
+    Args:
+        head: (B,) int32, each -1 or a query head's index (not checked: that would read the device).
+        The others as for `eah_attention`, and so the errors.
+
+    Returns:
+        (B, Hq, Sq, Dv) in query's dtype, 0 for a row that sees no key.
+    """
+    scoring = _check(query, key, None, attention_mask, causal, scale, sliding_window, softcap)
+    _check_value(query, key, value)
+    _require_tensors(head=head)
+    if head.shape != query.shape[:1] or head.dtype != torch.int32 or head.device != query.device:
+        raise ValueError(f"head must be ({query.shape[0]},) int32 on {query.device}, got {_describe(head)}")
+    backend = choose_backend(backend, query)
+    if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
+        return ops.empty_output(query, value).zero_()
+    if backend == "reference":
+        return reference.shared_map_attention(query, key, value, head, scoring, _reference_dtype(query))
+    return ops.shared_map_attention(query, key, value, head, *scoring, backend)
+
+
+def choose_backend(backend: str, query: Tensor) -> str:
+    """The backend that runs: the named one, or for "auto" Triton on a GPU and blocked torch elsewhere.
+
+    "auto" takes "triton" for float16, bfloat16 and float32 on a CUDA or ROCm device where Triton is installed, and
+    "torch" in every other case. "reference" is never chosen for you.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a named backend that cannot run on query; the message says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in ("auto", "triton"):
+        return backend
+    missing = why_not_triton(query.device, query.dtype)
+    if backend == "auto":
+        return "torch" if missing or query.device.type != "cuda" else "triton"
+    if missing:
+        raise RuntimeError(f'backend="triton" cannot be used: {missing}')
+    return backend
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on such tensors, or None."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype == torch.float64:
+        return "float64 has no Triton kernel; accepted are float16, bfloat16 and float32"
+    if device.type == "cuda":
+        return None
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA or ROCm device, or TRITON_INTERPRET=1 for CPU tensors; the tensors are on {device}"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly; accepted there are float16 and float32"
+    return None
+
+
+def _reference_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _check(query, key, image_mask, attention_mask, causal, scale, sliding_window, softcap) -> Scoring:
+    _require_tensors(query=query, key=key)
+    if query.dim() != 4 or query.shape[1] == 0:
+        raise ValueError(f"query must be (B, Hq, Sq, D) with Hq >= 1, got {_describe(query)}")
+    batch, heads, q_len, head_dim = query.shape
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query must be {', '.join(map(str, DTYPES))}, got {query.dtype}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"query's head dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
+    _check_key_or_value("key", key, query)
+    if key.shape[-1] != head_dim:
+        raise ValueError(f"key's head dim must be query's, {head_dim}, got {key.shape[-1]}")
+    kv_len = key.shape[2]
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {causal!r}")
+    if causal and kv_len < q_len:
+        raise ValueError(f"key must have at least query's length with causal=True, got {kv_len} keys for {q_len} rows")
+    if image_mask is not None:
+        _check_image_mask(image_mask, batch, kv_len, query.device)
+    if attention_mask is not None:
+        _check_attention_mask(attention_mask, query, kv_len)
+    if sliding_window is not None and (type(sliding_window) is not int or sliding_window < 1):
+        raise ValueError(f"sliding_window must be None or an int >= 1, got {sliding_window!r}")
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
+    if scale is None:
+        scale = head_dim**-0.5
+    elif not (_is_number(scale) and math.isfinite(scale)):
+        raise ValueError(f"scale must be None or a finite number, got {scale!r}")
+    return Scoring(attention_mask, causal, float(scale), sliding_window, softcap)
+
+
+def _check_value(query: Tensor, key: Tensor, value: Tensor) -> None:
+    _require_tensors(value=value)
+    _check_key_or_value("value", value, query)
+    if value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(f"value must have key's heads and length {tuple(key.shape[1:3])}, got {_describe(value)}")
+    if value.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"value's head dim must be at most {MAX_HEAD_DIM}, got {value.shape[-1]}")
+
+
+def _check_key_or_value(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dim() != 4 or tensor.shape[0] != query.shape[0]:
+        raise ValueError(f"{name} must be (B, Hkv, Skv, D) with query's B = {query.shape[0]}, got {_describe(tensor)}")
+    if tensor.shape[1] == 0 or query.shape[1] % tensor.shape[1]:
+        raise ValueError(f"{name}'s heads must divide query's {query.shape[1]} heads, got {tensor.shape[1]}")
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def _check_image_mask(image_mask: Tensor, batch: int, kv_len: int | None, device: torch.device) -> None:
+    _require_tensors(image_mask=image_mask)
+    if image_mask.dtype != torch.bool:
+        raise TypeError(f"image_mask must be torch.bool, got {image_mask.dtype}")
+    expected = (batch, image_mask.shape[-1] if kv_len is None and image_mask.dim() == 2 else kv_len)
+    if tuple(image_mask.shape) != expected:
+        raise ValueError(f"image_mask must be (B, Skv) = {expected}, got {tuple(image_mask.shape)}")
+    if image_mask.device != device:
+        raise ValueError(f"image_mask must be on query's device {device}, got {image_mask.device}")
+
+
+def _check_attention_mask(mask: Tensor, query: Tensor, kv_len: int) -> None:
+    _require_tensors(attention_mask=mask)
+    batch, heads, q_len, _ = query.shape
+    if mask.dim() == 2:
+        fits = tuple(mask.shape) == (batch, kv_len)
+    else:
+        fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        fits = fits and tuple(mask.shape[2:]) == (q_len, kv_len)
+    if not fits:
+        raise ValueError(
+            f"attention_mask must be (B, Skv) = {(batch, kv_len)} or (B|1, 1|Hq, Sq, Skv) = "
+            f"({batch}|1, 1|{heads}, {q_len}, {kv_len}), got {tuple(mask.shape)}"
+        )
+    if mask.dtype != torch.bool and (mask.dim() == 2 or mask.dtype not in DTYPES):
+        accepted = "torch.bool" if mask.dim() == 2 else f"torch.bool, {', '.join(map(str, DTYPES))}"
+        raise TypeError(f"a {mask.dim()}-D attention_mask must be {accepted}, got {mask.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"attention_mask must be on query's device {query.device}, got {mask.device}")
+
+
+def _check_fraction(name: str, number: float, most: float) -> None:
+    if not (_is_number(number) and 0 <= number <= most):
+        accepted = "a number >= 0" if most == math.inf else f"a number in 0..{most:g}"
+        raise ValueError(f"{name} must be {accepted}, got {number!r}")
+
+
+def _is_number(number) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool)
+
+
+def _require_tensors(**tensors) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -1,0 +1,100 @@
+"""torch.library ops over the inference backends. Each returns plain tensors; a backend is imported when it first runs.
+
+A backend is a module with `eah_attention`, `sink_statistics` and `shared_map_attention`, each taking a `Scoring`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from eah_kernels.masks import Scoring
+
+MODULES = {"torch": "eah_kernels.blocked", "triton": "eah_kernels.triton"}
+SCORING = "Tensor? attention_mask, bool causal, float scale, int? sliding_window, float? softcap, str backend"
+
+
+def _backend(name: str) -> ModuleType:
+    return import_module(MODULES[name])
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """(B, Hq, Sq, Dv) laid out as (B, Sq, Hq, Dv): the transpose that transformers does next costs no copy."""
+    batch, heads, q_len, _ = query.shape
+    return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
+
+
+@torch.library.custom_op(
+    "eah_kernels::eah_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor image_mask, float threshold, float min_density, "
+    f"{SCORING}) -> (Tensor output, Tensor head, Tensor sink_counts)",
+)
+def eah_attention(query, key, value, image_mask, threshold, min_density, *scoring_backend):
+    *scoring, backend = scoring_backend
+    return _backend(backend).eah_attention(query, key, value, image_mask, threshold, min_density, Scoring(*scoring))
+
+
+@eah_attention.register_fake
+def _(query, key, value, image_mask, *_):
+    batch, heads = query.shape[:2]
+    integers = query.new_empty(batch, heads, dtype=torch.int32)
+    return empty_output(query, value), integers.new_empty(batch), integers
+
+
+@torch.library.custom_op(
+    "eah_kernels::sink_statistics",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor image_mask, float threshold, bool return_column_mean, "
+    f"{SCORING}) -> (Tensor sink_counts, Tensor lse, Tensor column_mean)",
+)
+def sink_statistics(query, key, image_mask, threshold, return_column_mean, *scoring_backend):
+    """Without `return_column_mean`, column_mean is (0,)."""
+    *scoring, backend = scoring_backend
+    return _backend(backend).sink_statistics(
+        query, key, image_mask, threshold, return_column_mean, Scoring(*scoring)
+    )
+
+
+@sink_statistics.register_fake
+def _(query, key, image_mask, threshold, return_column_mean, *_):
+    batch, heads, q_len, _ = query.shape
+    mean_shape = (batch, heads, key.shape[2]) if return_column_mean else (0,)
+    return (
+        query.new_empty(batch, heads, dtype=torch.int32),
+        query.new_empty(batch, heads, q_len, dtype=torch.float32),
+        query.new_empty(mean_shape, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op(
+    "eah_kernels::shared_map_attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, Tensor head, {SCORING}) -> Tensor",
+)
+def shared_map_attention(query, key, value, head, *scoring_backend):
+    *scoring, backend = scoring_backend
+    return _backend(backend).shared_map_attention(query, key, value, head, Scoring(*scoring))
+
+
+@shared_map_attention.register_fake
+def _(query, key, value, head, *_):
+    return empty_output(query, value)
+
+
+def _refuse_grad(ctx, inputs, output):
+    raise RuntimeError(
+        "eah_kernels: the torch and triton backends are for inference and query, key, value or attention_mask requires "
+        'grad: use backend="reference", or call under torch.no_grad()'
+    )
+
+
+def _no_backward(ctx, *grads):
+    raise AssertionError("unreachable: the forward refuses inputs that require grad")
+
+
+for _op in (eah_attention, sink_statistics, shared_map_attention):
+    _op.register_autograd(_no_backward, setup_context=_refuse_grad)
