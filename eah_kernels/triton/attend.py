@@ -1,0 +1,135 @@
+"""The output, given the chosen head (spec, step 6): one kernel in two forms, of which one leaves at once per batch row.
+
+SHARED, the map of head h* for all: one Q K^T and one exp per tile serve VALUE_HEADS value heads, laid side by side in one wide tile. The row
+log-sum-exps are known, so the map is normalised before P V: no online softmax, no rescaling, and P is rounded as the
+eager form rounds it. With grouped-query attention each KV head's output is computed once and written GROUP times.
+
+Otherwise (head -1), the layer's ordinary attention: a FlashAttention-2 forward (arXiv 2307.08691), a head a program.
+"""
+
+import triton
+import triton.language as tl
+
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, operand
+from eah_kernels.triton.primitives import KEY_MASK, NO_MASK, at, dot_rows, key_range, load_rows, score_tile
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _attend_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
+    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+    out_ptr, stride_ob, stride_oh, stride_om, stride_od,
+    mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+    head_ptr, lse_ptr, stride_lb, stride_lh,
+    batch, units, kv_heads, q_len, kv_len, scale, cap, window,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SHARED: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, VALUE_HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """units: groups of VALUE_HEADS value heads if SHARED, else query heads (and VALUE_HEADS = 1)."""
+    pid = tl.program_id(0)
+    b = pid % batch
+    unit = pid // batch % units
+    start_m = (tl.num_programs(0) // (batch * units) - 1 - pid // (batch * units)) * BLOCK_M  # longest rows first
+    h = tl.load(head_ptr + b)
+    if SHARED:
+        if h < 0:
+            return
+        first_value = unit * VALUE_HEADS
+        first_out = first_value * GROUP
+    else:
+        if h >= 0:
+            return
+        h = unit
+        first_value = unit // GROUP
+        first_out = unit
+    q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
+    k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
+    v_ptr = at(at(v_ptr, b, stride_vb), first_value, stride_vh)
+    out_ptr = at(at(at(out_ptr, b, stride_ob), first_out, stride_oh), start_m, stride_om)
+    mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
+
+    local_m = tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, BLOCK_N)
+    real = start_m + local_m < q_len
+    q = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
+    q_tail = q
+    if TAIL > 0:
+        q_tail = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+    if SHARED:
+        lse = tl.load(at(at(lse_ptr, b, stride_lb), h, stride_lh) + start_m + local_m)
+    else:
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    wide = tl.arange(0, VALUE_HEADS * VALUE_PAD)  # value head, then feature
+    member = wide // VALUE_PAD
+    feature = wide % VALUE_PAD
+    exists = (feature < VALUE_DIM) & (first_value + member < kv_heads)
+    v_column = tl.cast(member, tl.int64) * stride_vh + feature * stride_vd
+    out = tl.zeros([BLOCK_M, VALUE_HEADS * VALUE_PAD], tl.float32)
+    first, edge, last = key_range(start_m, q_len, kv_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    for EDGE in tl.static_range(2):
+        for start_n in range(edge if EDGE else first, last if EDGE else edge, BLOCK_N):
+            key = start_n + local_n
+            keep = key < (kv_len if EDGE else start_n + BLOCK_N)
+            k = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
+            k_tail = k
+            if TAIL > 0:
+                k_tail = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
+            qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
+            score, visible = score_tile(
+                qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
+                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE,
+            )  # fmt: skip
+            if SHARED:
+                p = tl.exp2(score - lse[:, None])
+            else:
+                new_max = tl.maximum(row_max, tl.max(score, 1))
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+                p = tl.exp2(score - shift[:, None])
+                rescale = tl.exp2(row_max - shift)
+                row_sum = row_sum * rescale + tl.sum(p, 1)
+                row_max = new_max
+                out = out * rescale[:, None]
+            # 0 * NaN is NaN in a matrix product: values that no row of the tile sees are zeroed.
+            seen = keep
+            if WINDOW:
+                seen = seen & (key > start_m + (kv_len - q_len) - window)
+            if MASK == KEY_MASK:
+                seen = seen & (tl.load(at(mask_ptr, start_n, stride_mn) + local_n * stride_mn, mask=keep, other=0) != 0)
+            v_tile = at(v_ptr, start_n, stride_vn) + local_n[:, None] * stride_vn + v_column[None, :]
+            v = tl.load(v_tile, mask=seen[:, None] & exists[None, :], other=0.0)  # [BLOCK_N, VALUE_HEADS * VALUE_PAD]
+            if MASK != NO_MASK and MASK != KEY_MASK:
+                v = tl.where(tl.max(visible.to(tl.int32), 0)[:, None] > 0, v, 0.0)
+            out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
+    if not SHARED:
+        out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    out_column = tl.cast(member * GROUP, tl.int64) * stride_oh + feature * stride_od
+    out_tile = out_ptr + local_m[:, None] * stride_om + out_column[None, :]
+    for copy in range(GROUP if SHARED else 1):
+        tl.store(at(out_tile, copy, stride_oh), out, mask=real[:, None] & exists[None, :])
+
+
+def attend(problem: Problem, value, head, out, lse=None) -> Launch:
+    """Writes out (B, Hq, Sq, Dv): with lse, the batch rows whose head is chosen; without, those whose head is -1."""
+    batch, heads, q_len, _ = problem.query.shape
+    kv_heads, value_dim = value.shape[1], value.shape[3]
+    shared = lse is not None
+    tile = problem.tile("shared_map" if shared else "own_map", value_dim)
+    value_pad = max(16, triton.next_power_of_2(value_dim))
+    value_heads = max(1, min(tile.value_width // value_pad, triton.next_power_of_2(kv_heads))) if shared else 1
+    units = triton.cdiv(kv_heads, value_heads) if shared else heads
+    stride_lb, stride_lh = (lse.stride(0), lse.stride(1) if lse.shape[1] > 1 else 0) if shared else (0, 0)
+    return Launch(
+        _attend_kernel,
+        batch * units * triton.cdiv(q_len, tile.block_m),
+        tile,
+        problem.arguments
+        | operand("v", "vb vh vn vd", value)
+        | operand("out", "ob oh om od", out)
+        | dict(head_ptr=head, lse_ptr=lse, stride_lb=stride_lb, stride_lh=stride_lh, units=units, kv_heads=kv_heads)
+        | dict(SHARED=shared, VALUE_DIM=value_dim, VALUE_PAD=value_pad, VALUE_HEADS=value_heads),
+    )

@@ -1,0 +1,101 @@
+"""Row log-sum-exp of every query head, or of the chosen one: a FlashAttention-2 forward (arXiv 2307.08691) without P V.
+
+Stored in log2 units for q_len rows padded to a multiple of LSE_PAD; +inf in the padding and for rows that see no key, so
+that exp2(score - lse) is 0 there without a test. On the way it zeroes the sink counts that the next pass adds to.
+"""
+
+import triton
+import triton.language as tl
+
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
+from eah_kernels.triton.primitives import NO_MASK, at, dot_rows, key_range, load_rows, score_tile
+
+LSE_PAD = 128
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _lse_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
+    mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+    image_ptr, stride_ib, stride_in, head_ptr, count_ptr, lse_ptr, stride_lb, stride_lh,
+    batch, heads, q_len, kv_len, scale, cap, window,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    CHOSEN: tl.constexpr, SKIP_TEXT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """CHOSEN: only head head_ptr[b], nothing where it is -1. SKIP_TEXT: nothing for a batch row without image token."""
+    pid = tl.program_id(0)
+    b = pid % batch
+    h = pid // batch % heads
+    start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
+    lse_ptr = at(at(lse_ptr, b, stride_lb), h, stride_lh) + start_m
+    if CHOSEN:
+        h = tl.load(head_ptr + b)
+        if h < 0:
+            return
+    if SKIP_TEXT:
+        if start_m == 0:
+            tl.store(count_ptr + b * heads + h, 0)
+        image_tokens = tl.zeros([1024], tl.int32)
+        for start in range(0, kv_len, 1024):
+            key = start + tl.arange(0, 1024)
+            image_tokens += tl.load(at(at(image_ptr, b, stride_ib), key, stride_in), mask=key < kv_len, other=0)
+        if tl.sum(image_tokens, 0) == 0:
+            return
+    q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
+    k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
+    mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
+
+    local_m = tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, BLOCK_N)
+    real = start_m + local_m < q_len
+    q = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
+    q_tail = q
+    if TAIL > 0:
+        q_tail = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    first, edge, last = key_range(start_m, q_len, kv_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    for EDGE in tl.static_range(2):
+        for start_n in range(edge if EDGE else first, last if EDGE else edge, BLOCK_N):
+            keep = start_n + local_n < (kv_len if EDGE else start_n + BLOCK_N)
+            k = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
+            k_tail = k
+            if TAIL > 0:
+                k_tail = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
+            qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
+            score, _ = score_tile(
+                qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
+                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE,
+            )  # fmt: skip
+            new_max = tl.maximum(row_max, tl.max(score, 1))
+            shift = new_max
+            if MASK != NO_MASK or WINDOW:
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have seen no key yet
+            row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(score - shift[:, None]), 1)
+            row_max = new_max
+    lse = tl.where(real & (row_sum != 0), row_max + tl.log2(row_sum), float("inf"))
+    tl.store(lse_ptr + local_m, lse)
+
+
+def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, head=None) -> Launch:
+    """Fills out (B, Hq, padded_length) float32 for every head, or out (B, 1, padded_length) for head (B,).
+
+    With image_mask and sink_counts (B, Hq) int32, batch rows without an image token are left out and sink_counts is zeroed.
+    """
+    tile = problem.tile("lse")
+    batch, heads, q_len, _ = problem.query.shape
+    return Launch(
+        _lse_kernel,
+        batch * out.shape[1] * (out.shape[2] // tile.block_m),
+        tile,
+        problem.arguments
+        | image_arguments(image_mask)
+        | dict(head_ptr=head, count_ptr=sink_counts, lse_ptr=out, stride_lb=out.stride(0), stride_lh=out.stride(1))
+        | dict(heads=out.shape[1], CHOSEN=head is not None, SKIP_TEXT=sink_counts is not None),
+    )
+
+
+def padded_length(q_len: int) -> int:
+    return triton.cdiv(q_len, LSE_PAD) * LSE_PAD

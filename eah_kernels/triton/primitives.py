@@ -1,0 +1,121 @@
+"""What the kernels share: a tile of operands, a tile of scores, the rows that count.
+
+Scores are in log2 units. Offsets within a tile are 32-bit; every base they are added to is multiplied in 64 bits.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# MASK: the form of the attention mask
+NO_MASK: tl.constexpr = tl.constexpr(0)
+KEY_MASK: tl.constexpr = tl.constexpr(1)  # (B, Skv) bool, read by key alone
+BOOL_MASK: tl.constexpr = tl.constexpr(2)  # (B, Hq, Sq, Skv) bool
+BIAS_MASK: tl.constexpr = tl.constexpr(3)  # (B, Hq, Sq, Skv) floating, added to the score
+
+
+@triton.jit
+def at(ptr, index, stride):
+    return ptr + tl.cast(index, tl.int64) * stride
+
+
+@triton.jit
+def load_rows(ptr, start, keep, stride, stride_d, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Rows start, start + 1, ... of a (rows, DIM) matrix: [len(keep), WIDTH] from feature FIRST on, 0 where dropped."""
+    row = tl.arange(0, keep.shape[0])[:, None]
+    feature = FIRST + tl.arange(0, WIDTH)[None, :]
+    mask = keep[:, None]
+    if FIRST + WIDTH > DIM:
+        mask = mask & (feature < DIM)
+    return tl.load(at(ptr, start, stride) + row * stride + feature * stride_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def dot_rows(a, b, a_tail, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T over the head dim, which is a main part and, for dims such as 80 or 192, a tail."""
+    product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    if TAIL > 0:
+        product = tl.dot(a_tail, tl.trans(b_tail), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def score_tile(
+    qk, start_m, local_m, start_n, local_n, q_len, kv_len, mask_ptr, stride_mm, stride_mn, scale, cap, window,
+    MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Scores, -inf where hidden, and the visible pairs of rows start_m + local_m and keys start_n + local_n.
+
+    local_m and local_n broadcast to the tile, in either order. EDGE = False: no pair is hidden by its position. With
+    SOFTCAP, scale is 2 log2(e) scale / softcap and cap is log2(e) softcap, for tanh(x) = 1 - 2 / (exp(2 x) + 1).
+    """
+    if SOFTCAP:
+        score = cap - 2.0 * cap / (tl.exp2(qk * scale) + 1.0)
+    else:
+        score = qk * scale
+    visible = tl.full(qk.shape, 1, tl.int1)
+    row = start_m + local_m
+    key = start_n + local_n
+    inside = key < kv_len
+    if EDGE:
+        position = row + (kv_len - q_len)
+        visible = visible & inside
+        if CAUSAL:
+            visible = visible & (key <= position)
+        if WINDOW:
+            visible = visible & (key > position - window)
+    if MASK == KEY_MASK:
+        visible = visible & (tl.load(at(mask_ptr, start_n, stride_mn) + local_n * stride_mn, mask=inside, other=0) != 0)
+    elif MASK != NO_MASK:
+        tile = at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn) + local_m * stride_mm + local_n * stride_mn
+        entry = tl.load(tile, mask=inside & (row < q_len), other=0)
+        if MASK == BOOL_MASK:
+            visible = visible & (entry != 0)
+        else:
+            visible = visible & (entry > HIDDEN)
+            score += entry.to(tl.float32) * LOG2E
+    if EDGE or MASK != NO_MASK:
+        score = tl.where(visible, score, float("-inf"))
+    return score, visible
+
+
+@triton.jit
+def counting_rows(
+    start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn,
+    BLOCK: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Which of the rows start_m, ... see their own key, [BLOCK] bool."""
+    row = start_m + tl.arange(0, BLOCK)
+    own = row + (kv_len - q_len)
+    counts = (row < q_len) & (own >= 0)
+    if MASK != NO_MASK:
+        entry = at(mask_ptr, own, stride_mn)
+        if MASK != KEY_MASK:
+            entry = entry + tl.cast(row, tl.int64) * stride_mm
+        shown = tl.load(entry, mask=counts, other=0)
+        if MASK == BIAS_MASK:
+            counts = counts & (shown > HIDDEN)
+        else:
+            counts = counts & (shown != 0)
+    return counts
+
+
+@triton.jit
+def key_range(
+    start_m, q_len, kv_len, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Keys [first, last) that rows start_m, ... can see by position, and where the blocks that need EDGE begin."""
+    offset = kv_len - q_len
+    first = 0
+    last = kv_len
+    edge = kv_len // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        last = tl.minimum(start_m + BLOCK_M, q_len) + offset
+        edge = tl.minimum(start_m + offset + 1, kv_len) // BLOCK_N * BLOCK_N
+    if WINDOW:
+        first = tl.maximum(start_m + offset - window + 1, 0) // BLOCK_N * BLOCK_N
+        edge = first
+    return first, edge, last

@@ -1,0 +1,135 @@
+"""Vision sinks per head, key-stationary: no float atomics, no S x S tensor (spec, steps 2 to 4).
+
+A program owns a block of keys of one head and walks the query rows that see them, adding exp2(score - lse) into a 2-D
+accumulator that is reduced once at the end. A block without an image token leaves at once. The sinks of the blocks of a
+head are added by integer atomics, so the counts are the same in every run.
+"""
+
+import triton
+import triton.language as tl
+
+from eah_kernels.triton.configs import Tile
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
+from eah_kernels.triton.primitives import KEY_MASK, NO_MASK, at, counting_rows, dot_rows, load_rows, score_tile
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _sinks_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
+    mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+    image_ptr, stride_ib, stride_in, lse_ptr, stride_lb, stride_lh, count_ptr, mean_ptr, threshold,
+    batch, heads, q_len, kv_len, scale, cap, window,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    WANT_MEAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    b = pid % batch
+    h = pid // batch % heads
+    start_n = pid // (batch * heads) * BLOCK_N  # under a causal mask, longest columns first
+    local_n = tl.arange(0, BLOCK_N)
+    key = start_n + local_n
+    image = tl.load(at(at(image_ptr, b, stride_ib), key, stride_in), mask=key < kv_len, other=0) != 0
+    if tl.sum(image.to(tl.int32), 0) == 0:
+        return
+    q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
+    k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
+    mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
+    lse_ptr = at(at(lse_ptr, b, stride_lb), h, stride_lh)
+
+    k = load_rows(k_ptr, start_n, key < kv_len, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
+    k_tail = k
+    if TAIL > 0:
+        k_tail = load_rows(k_ptr, start_n, key < kv_len, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
+    local_m = tl.arange(0, BLOCK_M)
+    offset = kv_len - q_len
+    first = 0
+    last = q_len
+    whole = q_len  # rows from here on see every key of the block, none of them their own
+    if CAUSAL:
+        first = tl.maximum(start_n + 1 - offset, 0) // BLOCK_M * BLOCK_M
+        whole = tl.cdiv(tl.maximum(start_n + BLOCK_N - offset, 0), BLOCK_M) * BLOCK_M
+    if WINDOW:
+        last = tl.minimum(q_len, start_n + BLOCK_N - 1 + window - offset)
+        whole = last
+    if MASK != NO_MASK and MASK != KEY_MASK:
+        whole = last
+    whole = tl.minimum(whole, last)
+
+    mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    whole_rows = tl.zeros([BLOCK_M], tl.int32)
+    rows = tl.zeros([BLOCK_N], tl.int32)
+    for EDGE in tl.static_range(2):
+        for start_m in range(first if EDGE else whole, whole if EDGE else last, BLOCK_M):
+            counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
+            # A row that does not count enters as zeros and with lse = +inf: whatever it holds, it adds nothing.
+            q = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
+            q_tail = q
+            if TAIL > 0:
+                q_tail = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+            lse = tl.where(counts, tl.load(lse_ptr + start_m + local_m), float("inf"))
+            qk = dot_rows(k, q, k_tail, q_tail, TAIL, PRECISION)  # [BLOCK_N, BLOCK_M]
+            score, visible = score_tile(
+                qk, start_m, local_m[None, :], start_n, local_n[:, None], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
+                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE,
+            )  # fmt: skip
+            if EDGE:
+                position = start_m + local_m + offset
+                pairs = visible & counts[None, :] & (key[:, None] != position[None, :])
+                mass += tl.where(pairs, tl.exp2(score - lse[None, :]), 0.0)
+                rows += tl.sum(pairs.to(tl.int32), 1)
+            else:
+                mass += tl.exp2(score - lse[None, :])
+                whole_rows += counts.to(tl.int32)
+    mean = tl.div_rn(tl.sum(mass, 1), tl.maximum(rows + tl.sum(whole_rows, 0), 1).to(tl.float32))
+    sinks = tl.sum((image & (mean > threshold)).to(tl.int32), 0)
+    tl.atomic_add(count_ptr + b * heads + h, sinks, sem="relaxed")
+    if WANT_MEAN:
+        tl.store(mean_ptr + tl.cast(b * heads + h, tl.int64) * kv_len + key, mean, mask=image)
+
+
+@triton.jit
+def _select_kernel(
+    count_ptr, image_ptr, stride_ib, stride_in, head_ptr, min_density, heads, kv_len, HEADS: tl.constexpr
+):  # fmt: skip
+    """spec, step 5: the head with the most sinks, lowest index on a tie, or -1."""
+    b = tl.program_id(0)
+    h = tl.arange(0, HEADS)
+    count = tl.load(count_ptr + b * heads + h, mask=h < heads, other=-1)
+    most, head = tl.max(count, 0, return_indices=True, return_indices_tie_break_left=True)
+    image = tl.zeros([1024], tl.int32)
+    for start in range(0, kv_len, 1024):
+        key = start + tl.arange(0, 1024)
+        image += tl.load(at(at(image_ptr, b, stride_ib), key, stride_in), mask=key < kv_len, other=0)
+    image_tokens = tl.maximum(tl.sum(image, 0), 1)
+    density = tl.div_rn(most.to(tl.float32), image_tokens.to(tl.float32))
+    tl.store(head_ptr + b, tl.where((most > 0) & (density >= min_density), head, -1))
+
+
+def sinks(problem: Problem, image_mask, lse, threshold, sink_counts, column_mean=None) -> Launch:
+    """Adds the sinks of every head to sink_counts (B, Hq); writes column_mean (B, Hq, Skv) at image tokens, if given."""
+    tile = problem.tile("sinks")
+    batch, heads, _, _ = problem.query.shape
+    return Launch(
+        _sinks_kernel,
+        batch * heads * triton.cdiv(problem.key.shape[2], tile.block_n),
+        tile,
+        problem.arguments
+        | image_arguments(image_mask)
+        | dict(lse_ptr=lse, stride_lb=lse.stride(0), stride_lh=lse.stride(1), count_ptr=sink_counts)
+        | dict(mean_ptr=column_mean, WANT_MEAN=column_mean is not None, threshold=threshold, heads=heads),
+    )
+
+
+def select(sink_counts, image_mask, min_density, head) -> Launch:
+    """Writes the chosen head of every batch row to head (B,)."""
+    batch, heads = sink_counts.shape
+    return Launch(
+        _select_kernel,
+        batch,
+        Tile(0, 0, num_warps=4, num_stages=1),
+        image_arguments(image_mask)
+        | dict(count_ptr=sink_counts, head_ptr=head, min_density=min_density, heads=heads)
+        | dict(kv_len=image_mask.shape[1], HEADS=triton.next_power_of_2(heads)),
+    )
