@@ -1,0 +1,88 @@
+"""What EAH did in the last prefill, as plain data that prints as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Record(NamedTuple):
+    """What a layer leaves behind in a forward: tensors on their device, read only when a report is asked for."""
+
+    head: Tensor | None = None  # (B,) int32
+    sink_counts: Tensor | None = None  # (B, Hq) int32
+    image_mask: Tensor | None = None  # (B, S) bool
+    stood_aside: str | None = None
+    afterwards: str | None = None
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """One batch row of a prefill: the head that lent its map, or None and why."""
+
+    head: int | None
+    sinks: tuple[int, ...]  # per query head
+    image_tokens: int
+    density: float  # most sinks of a head / image tokens; 0 without image tokens
+    why_none: str | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One enabled layer. `rows` is empty when nothing ran yet or EAH stood aside, for the reason `stood_aside`.
+
+    `afterwards`: why a later forward of several tokens, a second turn for instance, used ordinary attention.
+    """
+
+    layer: int
+    rows: tuple[RowReport, ...] = ()
+    stood_aside: str | None = None
+    afterwards: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"layer {self.layer}"]
+        if self.rows:
+            lines.append("  row  head  sinks  image tokens  density")
+        for number, row in enumerate(self.rows):
+            most, head = max(row.sinks, default=0), "none" if row.head is None else row.head
+            lines.append(f"  {number:>3}  {head:>4}  {most:>5}  {row.image_tokens:>12}  {row.density:>7.3f}")
+            lines.append(f"       sinks per head: {' '.join(map(str, row.sinks))}")
+            if row.why_none:
+                lines.append(f"       {row.why_none}: the row kept its own attention maps")
+        if self.stood_aside:
+            lines.append(f"  stood aside: {self.stood_aside}")
+        if self.afterwards:
+            lines.append(f"  later, ordinary attention: {self.afterwards}")
+        return "\n".join(lines if len(lines) > 1 else [f"layer {self.layer}: nothing ran yet"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last prefill, layer by layer; `str()` is a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.layers))
+
+
+def layer_report(layer: int, record: Record | None, min_density: float) -> LayerReport:
+    """Reads the record's tensors: this waits for the device."""
+    if record is None:
+        return LayerReport(layer)
+    if record.stood_aside is not None:
+        return LayerReport(layer, stood_aside=record.stood_aside, afterwards=record.afterwards)
+    image_tokens = record.image_mask.sum(-1).tolist()
+    rows = zip(record.head.tolist(), record.sink_counts.tolist(), image_tokens, strict=True)
+    return LayerReport(layer, tuple(_row(*row, min_density) for row in rows), afterwards=record.afterwards)
+
+
+def _row(head: int, sinks: list[int], image_tokens: int, min_density: float) -> RowReport:
+    density = max(sinks) / image_tokens if image_tokens else 0.0
+    why_none = None
+    if head < 0:
+        why_none = "no head has a sink" if not any(sinks) else f"density below min_density {min_density:g}"
+        why_none = why_none if image_tokens else "no image token"
+    return RowReport(None if head < 0 else head, tuple(sinks), image_tokens, density, why_none)

@@ -1,0 +1,246 @@
+"""The attention function that replaces a layer's own, and its attachment to that layer.
+
+transformers looks the function up under the name in the attention module's config at every call. A swapped layer gets a
+copy of its config with the name "eah"; masks are made from the model's config, which stays as it is, as do the other
+layers. Where EAH does not apply, the layer's own implementation runs on exactly what arrived.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eah.image_tokens import CACHED, PREFILL, Prefill
+from eah.models import PLAIN_CAUSAL_DECODERS, attention_namespace
+from eah.report import Record
+from eah_kernels import eah_attention, select_head, sink_statistics
+
+NAME = "eah"
+HANDLED = ("sdpa", "eager")  # base implementations whose masks are understood here
+
+NO_IMAGE_MASK = "no image mask reached the layer: the forward did not go through the enabled model's base model"
+DROPOUT = "attention dropout is active"
+UNALIGNED = "the layer has other keys than the tokens of this forward"
+MASK_FORM = "the attention mask is not (B|1, 1|heads, queries, keys) in bool or a floating dtype"
+UNSUPPORTED_ARGUMENTS = {
+    "position_bias": "the layer adds a position bias",
+    "s_aux": "the layer has attention sinks of its own (s_aux)",
+    "sinks": "the layer has attention sinks of its own (sinks)",
+    "indices": "the layer attends to selected keys only (indices)",
+    "block_indices": "the layer attends to selected keys only (block_indices)",
+    "cache": "continuous batching packs several sequences",
+    "block_table": "continuous batching packs several sequences",
+    "cu_seq_lens_q": "several sequences are packed (cu_seq_lens_q)",
+    "cu_seq_lens_k": "several sequences are packed (cu_seq_lens_k)",
+}
+
+
+class Settings(NamedTuple):
+    """The knobs of `eah.enable`, the same for every swapped layer."""
+
+    threshold: float
+    min_density: float
+    backend: str
+
+
+class SwappedLayer:
+    """One attention module while EAH acts in it. `record` is the only thing that a forward changes."""
+
+    def __init__(self, module: nn.Module, settings: Settings):
+        self.module = module
+        self.index = module.layer_idx
+        self.settings = settings
+        self.config = module.config
+        self.record: Record | None = None
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        register()  # an unpickled model may be the first enabled one of its process
+
+    @property
+    def attached(self) -> bool:
+        return getattr(self.module, "eah_layer", None) is self
+
+    def attach(self) -> None:
+        config = copy.copy(self.config)
+        config._attn_implementation_internal = NAME  # the public setter would also change the config's sub-configs
+        self.module.config = config
+        self.module.eah_layer = self
+
+    def detach(self) -> None:
+        self.module.config = self.config
+        del self.module.eah_layer
+
+
+class ModuleView:
+    """An attention module seen with its original config: what a base implementation is given as the module."""
+
+    def __init__(self, layer: SwappedLayer):
+        self.module = layer.module
+        self.config = layer.config
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+class Call(NamedTuple):
+    """The arguments of `eah_kernels.eah_attention` for one forward of one layer."""
+
+    key: Tensor
+    value: Tensor
+    image_mask: Tensor
+    attention_mask: Tensor | None
+    causal: bool
+
+
+def register() -> None:
+    """Makes the name known to transformers; without effect the second time."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+
+
+def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """What transformers calls. query (B, Hq, S, D), key and value (B, Hkv, Skv, D).
+
+    Returns:
+        Output (B, S, Hq, Dv) and the attention maps, or None in their place as the base implementation does.
+    """
+    layer = getattr(module, "eah_layer", None)
+    if layer is None:
+        raise RuntimeError('the attention implementation "eah" is set by eah.enable(model), not by name')
+    prefill = kwargs.pop(PREFILL, None) or Prefill(stand_aside=NO_IMAGE_MASK)
+    implementation = layer.config._attn_implementation
+    namespace = attention_namespace(type(module))
+    base = namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, namespace["eager_attention_forward"])
+    view = ModuleView(layer)
+    if query.shape[2] <= 1:  # a decoding step
+        return base(view, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    reason = why_not(implementation, query, key, attention_mask, dropout, prefill, kwargs)
+    if reason is not None:
+        _stand_aside(layer, reason)
+        return base(view, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    call = what_arrived(layer, implementation, query, key, value, attention_mask, prefill, kwargs)
+    knobs = {
+        "threshold": layer.settings.threshold,
+        "attention_mask": call.attention_mask,
+        "causal": call.causal,
+        "scale": scaling,
+        "softcap": kwargs.get("softcap"),
+        "backend": layer.settings.backend,
+    }
+    min_density = layer.settings.min_density
+    q, k, v = _as_under_autocast(query, call.key, call.value)
+    if not _through_base(layer, implementation, query, key, value, kwargs):
+        result = eah_attention(q, k, v, call.image_mask, min_density=min_density, **knobs)
+        layer.record = Record(result.head, result.sink_counts, call.image_mask)
+        return result.output.transpose(1, 2), None
+
+    with torch.no_grad():
+        counts = sink_statistics(q, k, call.image_mask, **knobs).sink_counts
+        head = select_head(counts, call.image_mask, min_density)
+    layer.record = Record(head, counts, call.image_mask)
+    query, key, attention_mask = lend(head, query, key, attention_mask)
+    return base(view, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def why_not(implementation, query, key, attention_mask, dropout, prefill: Prefill, kwargs) -> str | None:
+    """The reason to leave this forward to the layer's own implementation, or None."""
+    if implementation not in HANDLED:
+        return f"the attention implementation {implementation!r} is not handled; handled are {', '.join(HANDLED)}"
+    for name, reason in UNSUPPORTED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            return reason
+    if prefill.stand_aside is not None:
+        return prefill.stand_aside
+    if dropout > 0:
+        return DROPOUT
+    (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
+    if (
+        tuple(prefill.image_mask.shape) != (batch, q_len)
+        or kv_len < q_len
+        or (kv_len > q_len and not prefill.has_cache)
+    ):
+        return UNALIGNED
+    if attention_mask is not None:
+        shape = tuple(attention_mask.shape)
+        fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (q_len, kv_len)
+        if not fits or not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+            return MASK_FORM
+    return None
+
+
+def what_arrived(layer, implementation, query, key, value, attention_mask, prefill: Prefill, kwargs) -> Call:
+    """The layer's arguments as `eah_attention` takes them.
+
+    Keys beyond S belong to a static cache that was empty: unwritten, and cut off. A mask that arrives holds everything
+    that the model hides, causality and sliding window included. Where it can only be causality and padding, the
+    (B, S) padding mask says the same.
+    """
+    q_len = query.shape[2]
+    key, value = key[:, :, :q_len], value[:, :, :q_len]
+    image_mask = prefill.image_mask.to(query.device)
+    if attention_mask is None:  # sdpa is then causal by its flag, eager sees everything
+        is_causal = kwargs.get("is_causal")
+        is_causal = getattr(layer.module, "is_causal", True) if is_causal is None else is_causal
+        return Call(key, value, image_mask, None, implementation == "sdpa" and bool(is_causal))
+    if _plain_causal(layer.config, kwargs) and not prefill.own_mask:
+        padding = prefill.padding_mask
+        if padding is None or tuple(padding.shape) == tuple(image_mask.shape):
+            return Call(key, value, image_mask, None if padding is None else padding.to(query.device), True)
+    return Call(key, value, image_mask, attention_mask[..., :q_len], False)
+
+
+def lend(head: Tensor, query: Tensor, key: Tensor, attention_mask: Tensor | None):
+    """Query, key and mask with which ordinary attention gives every head the chosen head's map.
+
+    head (B,), -1 = the row keeps its own. Differentiable in query and key.
+    """
+    source = head.clamp(min=0).long()
+    row = torch.arange(len(head), device=head.device)
+    own = (head < 0)[:, None, None, None]
+    group = query.shape[1] // key.shape[1]
+    query = torch.where(own, query, query[row, source][:, None])
+    key = torch.where(own, key, key[row, source // group][:, None])
+    if attention_mask is not None and attention_mask.shape[1] > 1:
+        attention_mask = attention_mask.expand(len(head), -1, -1, -1)
+        attention_mask = torch.where(own, attention_mask, attention_mask[row, source][:, None])
+    return query, key, attention_mask
+
+
+def _stand_aside(layer: SwappedLayer, reason: str) -> None:
+    last = layer.record
+    if reason == CACHED and last is not None:  # the prefill before stays on record
+        layer.record = Record(last.head, last.sink_counts, last.image_mask, last.stood_aside, reason)
+    else:
+        layer.record = Record(stood_aside=reason)
+
+
+def _plain_causal(config, kwargs) -> bool:
+    return (
+        config.model_type in PLAIN_CAUSAL_DECODERS
+        and kwargs.get("sliding_window") is None
+        and getattr(config, "is_causal", True)
+    )
+
+
+def _through_base(layer, implementation, query, key, value, kwargs) -> bool:
+    """True when gradients or the attention maps are wanted: the base implementation gives both, of the lent map."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return True
+    if implementation != "eager":
+        return False
+    return bool(kwargs.get("output_attentions", getattr(layer.config, "output_attentions", False)))
+
+
+def _as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """RoPE leaves query and key wider than value under autocast; scaled_dot_product_attention casts them so too."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)

@@ -1,0 +1,173 @@
+"""Tiny vision-language models with random weights, prompts for them, and an independent EAH oracle."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import torch
+
+from eah_kernels import reference
+from eah_kernels.masks import Scoring
+
+FAMILIES = ("llava", "qwen2_5_vl", "internvl")
+PAD, IMAGE, VOCAB = 0, 95, 96
+IMAGE_TOKENS = 9
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def build(family: str, attn: str = "sdpa", layers: tuple[int, ...] = (1,), seed: int = 0, **text):
+    """A model of 3 layers with 4 query and 2 KV heads; the heads of `layers` are made peaked and unlike each other."""
+    import transformers as hf
+
+    torch.manual_seed(seed)
+    text = {**TEXT, **text}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    if family == "llava":
+        vision_config = hf.CLIPVisionConfig(**vision, num_hidden_layers=2, image_size=12, patch_size=4)
+        config = hf.LlavaConfig(
+            vision_config=vision_config, text_config=hf.LlamaConfig(**text), image_token_index=IMAGE
+        )
+        cls = hf.LlavaForConditionalGeneration
+    elif family == "internvl":
+        vision_config = hf.InternVLVisionConfig(
+            **vision, num_hidden_layers=1, image_size=(12, 12), patch_size=(2, 2), norm_type="layer_norm"
+        )
+        config = hf.InternVLConfig(
+            vision_config=vision_config,
+            text_config=hf.Qwen2Config(**text),
+            image_token_id=IMAGE,
+            tie_word_embeddings=False,
+        )
+        cls = hf.InternVLForConditionalGeneration
+    else:
+        vision_config = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "depth": 2, "patch_size": 2}
+        vision_config |= {"out_hidden_size": 32, "window_size": 8, "fullatt_block_indexes": [1]}
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        config = hf.Qwen2_5_VLConfig(
+            text_config={**text, "rope_parameters": rope},
+            vision_config=vision_config,
+            image_token_id=IMAGE,
+            video_token_id=94,
+            vision_start_token_id=93,
+            vision_end_token_id=92,
+        )
+        cls = hf.Qwen2_5_VLForConditionalGeneration
+    config._attn_implementation = attn
+    model = cls(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+        for layer in layers:
+            attention = attention_of(model, layer)
+            for projection in (attention.q_proj, attention.k_proj):
+                heads = projection.weight.view(-1, 8, 32)
+                heads *= torch.linspace(1.5, 4, len(heads))[:, None, None]
+    return model
+
+
+def attention_of(model, layer: int):
+    return model.get_decoder().layers[layer].self_attn
+
+
+def prompt(family: str, rows: list[str], padding: str = "left") -> dict:
+    """Model inputs from rows such as "abIcd": a letter is a text token, I an image. Padded to the longest row."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [[t for c in row for t in ([IMAGE] * IMAGE_TOKENS if c == "I" else [ord(c) % 64 + 1])] for row in rows]
+    longest = max(map(len, ids))
+    fill = [[PAD] * (longest - len(row)) for row in ids]
+    ids_and_fill = [f + row if padding == "left" else row + f for row, f in zip(ids, fill, strict=True)]
+    real = [
+        [0] * len(f) + [1] * len(r) if padding == "left" else [1] * len(r) + [0] * len(f) for r, f in zip(ids, fill)
+    ]
+    inputs = {"input_ids": torch.tensor(ids_and_fill), "attention_mask": torch.tensor(real)}
+    images = sum(row.count("I") for row in rows)
+    if family == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    if images and family == "qwen2_5_vl":
+        inputs["pixel_values"] = torch.randn(images * 36, 24, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, 6, 6]] * images)
+    elif images:
+        inputs["pixel_values"] = torch.randn(images, 3, 12, 12, generator=generator)
+    return inputs
+
+
+class Oracle:
+    """A deep copy of the model, eager, whose layers compute `eah_kernels.reference` at prefill on the mask that arrives.
+
+    `image_mask` (B, S) is set by the caller; a forward of exactly S tokens is the prefill. `threshold` and the column
+    means it saw are kept, so that a test can choose a threshold at which rounding decides nothing.
+    """
+
+    def __init__(self, model, image_mask, layers=(1,), threshold=0.002, min_density=0.0):
+        self.model = copy.deepcopy(model)
+        self.model.set_attn_implementation("eager")
+        self.image_mask, self.threshold, self.min_density = image_mask, threshold, min_density
+        self.head, self.counts, self.means = {}, {}, {}
+        for layer in layers:
+            attention = attention_of(self.model, layer)
+            attention.forward = self._forward(attention, attention.forward)
+
+    def __call__(self, **inputs):
+        with torch.no_grad():
+            return self.model(**inputs).logits
+
+    def _forward(self, attention, ordinary):
+        modeling = sys.modules[type(attention).__module__]
+
+        def forward(hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+            batch, q_len, _ = hidden_states.shape
+            if q_len != self.image_mask.shape[1]:
+                return ordinary(
+                    hidden_states=hidden_states,
+                    position_embeddings=position_embeddings,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    **kwargs,
+                )
+            shape = (batch, q_len, -1, attention.head_dim)
+            q, k, v = (
+                projection(hidden_states).view(shape).transpose(1, 2)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, attention.layer_idx)
+            image = self.image_mask.repeat_interleave(batch // len(self.image_mask), 0)
+            scoring = Scoring(attention_mask, False, attention.scaling)
+            output, head, counts = reference.eah_attention(
+                q, k, v, image, self.threshold, self.min_density, scoring, torch.float32
+            )
+            self.head[attention.layer_idx], self.counts[attention.layer_idx] = head, counts
+            self.means[attention.layer_idx] = reference.sink_statistics(q, k, image, 0.0, scoring)[2].masked_fill(
+                ~image[:, None], torch.nan
+            )
+            return attention.o_proj(output.transpose(1, 2).reshape(batch, q_len, -1)), None
+
+        return forward
+
+    def tune(self, inputs, layer: int = 1) -> float:
+        """Sets a threshold that no column mean is near, at which the counts differ and a head other than 0 wins."""
+        self(**inputs)
+        means = self.means[layer]
+        with_image = self.image_mask.any(-1)
+        for threshold in torch.linspace(0.02, 0.3, 141).tolist():
+            counts = (means > threshold).sum(-1)[with_image]
+            best = counts.sort(-1, descending=True).values
+            clear = (means - threshold).abs().nan_to_num(1.0).min() > 5e-4
+            if clear and (best[:, 0] > best[:, 1]).all() and (counts.argmax(-1) > 0).all():
+                self.threshold = threshold
+                return threshold
+        raise AssertionError("no threshold separates the heads of this model: choose another seed")
