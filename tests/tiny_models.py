@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 
+import pytest
 import torch
 
 from eah_kernels import reference
@@ -27,8 +28,20 @@ TEXT = {
 }
 
 
-def build(family: str, attn: str = "sdpa", layers: tuple[int, ...] = (1,), seed: int = 0, **text):
-    """A model of 3 layers with 4 query and 2 KV heads; the heads of `layers` are made peaked and unlike each other."""
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For test files that import it: products this small lose more to waking a second thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(family: str, attn: str = "sdpa", layers: tuple[int, ...] = (1,), seed: int = 0, decoder: str = "", **text):
+    """A model of 3 layers with 4 query and 2 KV heads; the heads of `layers` are made peaked and unlike each other.
+
+    `decoder` names another text config for LLaVA, such as "Gemma2Config"; `text` changes `TEXT`.
+    """
     import transformers as hf
 
     torch.manual_seed(seed)
@@ -37,7 +50,9 @@ def build(family: str, attn: str = "sdpa", layers: tuple[int, ...] = (1,), seed:
     if family == "llava":
         vision_config = hf.CLIPVisionConfig(**vision, num_hidden_layers=2, image_size=12, patch_size=4)
         config = hf.LlavaConfig(
-            vision_config=vision_config, text_config=hf.LlamaConfig(**text), image_token_index=IMAGE
+            vision_config=vision_config,
+            text_config=getattr(hf, decoder or "LlamaConfig")(**text),
+            image_token_index=IMAGE,
         )
         cls = hf.LlavaForConditionalGeneration
     elif family == "internvl":
@@ -89,10 +104,9 @@ def prompt(family: str, rows: list[str], padding: str = "left") -> dict:
     longest = max(map(len, ids))
     fill = [[PAD] * (longest - len(row)) for row in ids]
     ids_and_fill = [f + row if padding == "left" else row + f for row, f in zip(ids, fill, strict=True)]
-    real = [
-        [0] * len(f) + [1] * len(r) if padding == "left" else [1] * len(r) + [0] * len(f) for r, f in zip(ids, fill)
-    ]
-    inputs = {"input_ids": torch.tensor(ids_and_fill), "attention_mask": torch.tensor(real)}
+    real = torch.tensor([[1] * len(row) + [0] * len(f) for row, f in zip(ids, fill, strict=True)])
+    real = real.flip(-1) if padding == "left" else real
+    inputs = {"input_ids": torch.tensor(ids_and_fill), "attention_mask": real}
     images = sum(row.count("I") for row in rows)
     if family == "qwen2_5_vl":
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
@@ -105,10 +119,10 @@ def prompt(family: str, rows: list[str], padding: str = "left") -> dict:
 
 
 class Oracle:
-    """A deep copy of the model, eager, whose layers compute `eah_kernels.reference` at prefill on the mask that arrives.
+    """A deep copy of the model, eager, whose layers compute `eah_kernels.reference` on the mask that arrives.
 
-    `image_mask` (B, S) is set by the caller; a forward of exactly S tokens is the prefill. `threshold` and the column
-    means it saw are kept, so that a test can choose a threshold at which rounding decides nothing.
+    They do so in a forward of several tokens on an empty cache. `image_mask` (B, S) is the caller's. The column means
+    seen are kept, so that a test can choose a threshold at which rounding decides nothing.
     """
 
     def __init__(self, model, image_mask, layers=(1,), threshold=0.002, min_density=0.0):
@@ -129,7 +143,8 @@ class Oracle:
 
         def forward(hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
             batch, q_len, _ = hidden_states.shape
-            if q_len != self.image_mask.shape[1]:
+            cached = past_key_values is not None and past_key_values.get_seq_length(attention.layer_idx)
+            if q_len == 1 or cached:
                 return ordinary(
                     hidden_states=hidden_states,
                     position_embeddings=position_embeddings,
@@ -146,7 +161,9 @@ class Oracle:
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, attention.layer_idx)
             image = self.image_mask.repeat_interleave(batch // len(self.image_mask), 0)
-            scoring = Scoring(attention_mask, False, attention.scaling)
+            image = torch.nn.functional.pad(image, (0, q_len - image.shape[1]))
+            softcap = getattr(attention, "attn_logit_softcapping", None)
+            scoring = Scoring(attention_mask, False, attention.scaling, softcap=softcap)
             output, head, counts = reference.eah_attention(
                 q, k, v, image, self.threshold, self.min_density, scoring, torch.float32
             )
@@ -158,7 +175,7 @@ class Oracle:
 
         return forward
 
-    def tune(self, inputs, layer: int = 1) -> float:
+    def tune(self, inputs, layer: int = 1) -> None:
         """Sets a threshold that no column mean is near, at which the counts differ and a head other than 0 wins."""
         self(**inputs)
         means = self.means[layer]
@@ -169,5 +186,6 @@ class Oracle:
             clear = (means - threshold).abs().nan_to_num(1.0).min() > 5e-4
             if clear and (best[:, 0] > best[:, 1]).all() and (counts.argmax(-1) > 0).all():
                 self.threshold = threshold
-                return threshold
+                self(**inputs)
+                return
         raise AssertionError("no threshold separates the heads of this model: choose another seed")

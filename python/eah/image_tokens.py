@@ -41,10 +41,8 @@ class ImageTokens:
         tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if tokens is None or tokens.shape[1] <= 1:
             return None
-        if len(args) > 1:
-            prefill = Prefill(stand_aside=BY_POSITION)
-        else:
-            prefill = self.describe(base, input_ids, tokens, kwargs)
+        by_name = len(args) <= 1
+        prefill = self.describe(base, input_ids, tokens, kwargs) if by_name else Prefill(stand_aside=BY_POSITION)
         return args, {**kwargs, PREFILL: prefill}
 
     def describe(self, base, input_ids, tokens, kwargs) -> Prefill:
