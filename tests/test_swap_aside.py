@@ -1,0 +1,187 @@
+"""Where EAH stands aside: the model's own logits, bit for bit, and the reason in the report."""
+
+from __future__ import annotations
+
+import eah
+import pytest
+import torch
+from eah import image_tokens, swap
+from tiny_models import attention_of, build, one_thread, prompt  # noqa: F401
+
+transformers = pytest.importorskip("transformers")
+
+ROWS = ["abIcdefghi", "abcIde"]
+
+
+def stands_aside(model, reason, **inputs):
+    """The forward of an enabled model equals the plain one, and the report's only layer names the reason."""
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with eah.enable(model, threshold=0.0) as handle:
+            got = model(**inputs).logits
+    assert torch.equal(got, plain)
+    assert handle.report().layers[0] == eah.LayerReport(1, stood_aside=reason)
+    assert f"stood aside: {reason}" in str(handle.report())
+
+
+@pytest.mark.parametrize("name", swap.UNSUPPORTED_ARGUMENTS)
+def test_an_argument_that_changes_the_attention(name):
+    inputs = prompt("llava", ROWS)
+    del inputs["pixel_values"]
+    stands_aside(build("llava"), swap.UNSUPPORTED_ARGUMENTS[name], **inputs, **{name: torch.zeros(1, 1, 1, 1)})
+
+
+def test_another_base_implementation():
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    transformers.AttentionInterface.register("mine", sdpa_attention_forward)
+    transformers.AttentionMaskInterface.register("mine", sdpa_mask)
+    model = build("llava")
+    model.set_attn_implementation("mine")
+    reason = "the attention implementation 'mine' is not handled; handled are sdpa, eager"
+    stands_aside(model, reason, **prompt("llava", ROWS))
+
+
+def test_a_base_implementation_sees_the_layers_own_config():
+    """The flash path reads module.config._attn_implementation and the module's parameters."""
+    seen = []
+
+    def probe(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.config._attn_implementation, module.training, module.layer_idx, hasattr(module, "none")))
+        seen.append(next(m for m in module.modules() if isinstance(m, torch.nn.Linear)).weight.dtype)
+        return query.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("probe", probe)
+    model = build("llava")
+    model.set_attn_implementation({"text_config": "probe"})
+    with torch.no_grad():
+        model(**prompt("llava", ROWS))
+        plain = list(seen)
+        seen.clear()
+        with eah.enable(model):
+            model(**prompt("llava", ROWS))
+    assert seen == plain and seen[2] == ("probe", False, 1, False)
+
+
+def test_attention_dropout_in_training():
+    model, inputs = build("llava", attention_dropout=0.5), prompt("llava", ROWS)
+    with eah.enable(model, threshold=0.0) as handle:
+        model.train()
+        model(**inputs)
+        assert handle.report().layers[0].stood_aside == swap.DROPOUT
+        model.eval()
+        model(**inputs)
+        assert handle.report().layers[0].stood_aside is None
+
+
+def test_packed_sequences():
+    inputs = prompt("llava", ["abIcdefghi"])
+    del inputs["attention_mask"]
+    restarting = (torch.arange(inputs["input_ids"].shape[1]) % 12)[None]
+    stands_aside(build("llava"), image_tokens.PACKED, **inputs, position_ids=restarting, use_cache=False)
+
+
+def test_mask_of_an_unknown_form():
+    mask = torch.ones(1, 1, 1, 19, dtype=torch.bool)
+    inputs = prompt("llava", ["abIcdefghi"])
+    stands_aside(build("llava"), swap.MASK_FORM, **{**inputs, "attention_mask": mask[..., :18]})
+
+
+def test_the_decoder_called_by_itself():
+    model, inputs = build("llava"), prompt("llava", ROWS)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        plain = decoder(inputs_embeds=embeds).last_hidden_state
+        with eah.enable(model, threshold=0.0) as handle:
+            assert torch.equal(decoder(inputs_embeds=embeds).last_hidden_state, plain)
+            assert handle.report().layers[0].stood_aside == swap.NO_IMAGE_MASK
+            other = image_tokens.Prefill(image_mask=torch.ones(2, 3, dtype=torch.bool))
+            assert torch.equal(decoder(inputs_embeds=embeds, eah_prefill=other).last_hidden_state, plain)
+            assert handle.report().layers[0].stood_aside == swap.UNALIGNED
+
+
+def test_arguments_by_position():
+    model, inputs = build("llava"), prompt("llava", ROWS)
+    arguments = (inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
+    with torch.no_grad():
+        plain = model.model(*arguments).last_hidden_state
+        with eah.enable(model, threshold=0.0) as handle:
+            assert torch.equal(model.model(*arguments).last_hidden_state, plain)
+            assert handle.report().layers[0].stood_aside == image_tokens.BY_POSITION
+            model.model(inputs["input_ids"], pixel_values=inputs["pixel_values"])
+            assert handle.report().layers[0].stood_aside is None
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_second_turn_on_a_cache(cache):
+    """The first prefill stays on record, the second is the model's own attention, and the report says so."""
+    model, inputs = build("llava"), prompt("llava", ["abIcde"])
+    tokens = torch.tensor([[5, 6, 7]])
+
+    def turns():
+        kept = transformers.DynamicCache(config=model.config.text_config)
+        if cache == "static":
+            kept = transformers.StaticCache(config=model.config.text_config, max_cache_len=32)
+        first = model(**inputs, past_key_values=kept).logits
+        mask = torch.ones(1, inputs["input_ids"].shape[1] + 3, dtype=torch.long)
+        swapped = model.get_decoder().layers[1].self_attn
+        before = getattr(swapped, "eah_layer", None) and swapped.eah_layer.record
+        second = model(input_ids=tokens, attention_mask=mask, past_key_values=kept).logits
+        return first, second, before, kept
+
+    with torch.no_grad():
+        turns()
+        with eah.enable(model, threshold=0.0) as handle:
+            _, second, before, kept = turns()
+        report = handle.report().layers[0]
+        assert report.rows and before.head.tolist() == [report.rows[0].head]
+        assert report.stood_aside is None and report.afterwards == image_tokens.CACHED
+        assert image_tokens.CACHED in str(handle.report())
+        with eah.enable(model, threshold=0.0) as handle:
+            model(input_ids=tokens, past_key_values=kept)
+        assert handle.report().layers[0] == eah.LayerReport(1, stood_aside=image_tokens.CACHED)
+
+
+def test_prefill_in_chunks_is_reported():
+    model, inputs = build("llava"), prompt("llava", ["abIcdefghi"])
+    del inputs["pixel_values"]
+    with eah.enable(model, threshold=0.0) as handle:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, prefill_chunk_size=8)
+    assert handle.report().layers[0].afterwards == image_tokens.CACHED
+
+
+def test_what_cannot_be_read_while_compiling():
+    model, inputs = build("llava"), prompt("llava", ["abIcdefghi"])
+    del inputs["pixel_values"]
+    cache = transformers.StaticCache(config=model.config.text_config, max_cache_len=32)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        cache.reset()
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager")
+        with eah.enable(model, threshold=0.0) as handle:
+            compiled(**inputs, past_key_values=cache)
+            assert handle.report().layers[0].stood_aside == image_tokens.UNREADABLE_CACHE
+            positions = torch.arange(inputs["input_ids"].shape[1])[None]
+            compiled(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False)
+            assert handle.report().layers[0].stood_aside == image_tokens.UNREADABLE_POSITIONS
+
+
+def test_one_token_is_left_alone():
+    model = build("llava")
+    with torch.no_grad():
+        plain = model(input_ids=torch.tensor([[5]])).logits
+        with eah.enable(model, threshold=0.0) as handle:
+            assert torch.equal(model(input_ids=torch.tensor([[5]])).logits, plain)
+    assert str(handle.report()) == "layer 1: nothing ran yet"
+
+
+def test_the_name_alone_does_nothing():
+    model = build("llava")
+    with eah.enable(model):
+        pass
+    attention_of(model, 1).config._attn_implementation_internal = "eah"
+    with pytest.raises(RuntimeError, match=r"eah\.enable"):
+        model(**prompt("llava", ROWS))
