@@ -82,7 +82,7 @@ def _attend_kernel(
             qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
             score, visible = score_tile(
                 qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE,
+                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE, True,
             )  # fmt: skip
             if SHARED:
                 p = tl.exp2(score - lse[:, None])

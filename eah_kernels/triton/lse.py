@@ -67,7 +67,7 @@ def _lse_kernel(
             qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
             score, _ = score_tile(
                 qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE,
+                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE, True,
             )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(score, 1))
             shift = new_max

@@ -44,12 +44,13 @@ def dot_rows(a, b, a_tail, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
 def score_tile(
     qk, start_m, local_m, start_n, local_n, q_len, kv_len, mask_ptr, stride_mm, stride_mn, scale, cap, window,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    EDGE: tl.constexpr,
+    EDGE: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Scores, -inf where hidden, and the visible pairs of rows start_m + local_m and keys start_n + local_n.
 
-    local_m and local_n broadcast to the tile, in either order. EDGE = False: no pair is hidden by its position. With
-    SOFTCAP, scale is 2 log2(e) scale / softcap and cap is log2(e) softcap, for tanh(x) = 1 - 2 / (exp(2 x) + 1).
+    local_m and local_n broadcast to the tile, in either order. EDGE = False: no pair of the tile is hidden by its
+    position. OWN = False hides every row's own key too. The caller drops rows past q_len, and under CAUSAL keys past
+    kv_len, which only such rows see. With SOFTCAP, scale is 2 log2(e) scale / softcap and cap is log2(e) softcap, for tanh(x) = 1 - 2 / (exp(2 x) + 1).
     """
     if SOFTCAP:
         score = cap - 2.0 * cap / (tl.exp2(qk * scale) + 1.0)
@@ -61,9 +62,10 @@ def score_tile(
     inside = key < kv_len
     if EDGE:
         position = row + (kv_len - q_len)
-        visible = visible & inside
         if CAUSAL:
-            visible = visible & (key <= position)
+            visible = visible & (key <= position if OWN else key < position)
+        else:
+            visible = visible & (inside if OWN else inside & (key != position))
         if WINDOW:
             visible = visible & (key > position - window)
     if MASK == KEY_MASK:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from eah_kernels.triton.configs import Tile
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
-from eah_kernels.triton.primitives import KEY_MASK, NO_MASK, at, counting_rows, dot_rows, load_rows, score_tile
+from eah_kernels.triton.primitives import NO_MASK, at, counting_rows, dot_rows, load_rows, score_tile
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -46,43 +46,39 @@ def _sinks_kernel(
     offset = kv_len - q_len
     first = 0
     last = q_len
-    whole = q_len  # rows from here on see every key of the block, none of them their own
     if CAUSAL:
         first = tl.maximum(start_n + 1 - offset, 0) // BLOCK_M * BLOCK_M
-        whole = tl.cdiv(tl.maximum(start_n + BLOCK_N - offset, 0), BLOCK_M) * BLOCK_M
     if WINDOW:
         last = tl.minimum(q_len, start_n + BLOCK_N - 1 + window - offset)
-        whole = last
-    if MASK != NO_MASK and MASK != KEY_MASK:
-        whole = last
-    whole = tl.minimum(whole, last)
 
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    whole_rows = tl.zeros([BLOCK_M], tl.int32)
     rows = tl.zeros([BLOCK_N], tl.int32)
-    for EDGE in tl.static_range(2):
-        for start_m in range(first if EDGE else whole, whole if EDGE else last, BLOCK_M):
-            counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
-            # A row that does not count enters as zeros and with lse = +inf: whatever it holds, it adds nothing.
-            q = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
-            q_tail = q
-            if TAIL > 0:
-                q_tail = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
-            lse = tl.where(counts, tl.load(lse_ptr + start_m + local_m), float("inf"))
-            qk = dot_rows(k, q, k_tail, q_tail, TAIL, PRECISION)  # [BLOCK_N, BLOCK_M]
-            score, visible = score_tile(
-                qk, start_m, local_m[None, :], start_n, local_n[:, None], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE,
-            )  # fmt: skip
-            if EDGE:
-                position = start_m + local_m + offset
-                pairs = visible & counts[None, :] & (key[:, None] != position[None, :])
-                mass += tl.where(pairs, tl.exp2(score - lse[None, :]), 0.0)
-                rows += tl.sum(pairs.to(tl.int32), 1)
-            else:
-                mass += tl.exp2(score - lse[None, :])
-                whole_rows += counts.to(tl.int32)
-    mean = tl.div_rn(tl.sum(mass, 1), tl.maximum(rows + tl.sum(whole_rows, 0), 1).to(tl.float32))
+    for start_m in range(first, last, BLOCK_M):
+        # A row that does not count enters as zeros and with lse = +inf: whatever it holds, it adds nothing.
+        counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
+        q = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
+        q_tail = q
+        if TAIL > 0:
+            q_tail = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+        lse = tl.where(counts, tl.load(lse_ptr + start_m + local_m), float("inf"))
+        qk = dot_rows(k, q, k_tail, q_tail, TAIL, PRECISION)  # [BLOCK_N, BLOCK_M]
+        score, visible = score_tile(
+            qk, start_m, local_m[None, :], start_n, local_n[:, None], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
+            scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, True, False,
+        )  # fmt: skip
+        mass += tl.exp2(score - lse[None, :])
+        if MASK != NO_MASK:
+            rows += tl.sum((visible & counts[None, :]).to(tl.int32), 1)
+    if MASK == NO_MASK:  # every row counts: those that see the key, without its own
+        lowest = tl.maximum(offset, 0)
+        highest = kv_len - 1
+        if WINDOW:
+            highest = tl.minimum(highest, key + window - 1)
+        if CAUSAL:
+            rows = highest - tl.maximum(key + 1, lowest) + 1
+        else:
+            rows = highest - lowest + 1 - (key >= lowest).to(tl.int32)
+    mean = tl.div_rn(tl.sum(mass, 1), tl.maximum(rows, 1).to(tl.float32))
     sinks = tl.sum((image & (mean > threshold)).to(tl.int32), 0)
     tl.atomic_add(count_ptr + b * heads + h, sinks, sem="relaxed")
     if WANT_MEAN:

@@ -1,0 +1,202 @@
+"""Inputs in which heads differ, and the tolerance rule every backend is held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from eah_kernels import eah_attention, reference, shared_map_attention, sink_statistics
+from eah_kernels.masks import Scoring
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's attention. `image`: first, middle, last, scattered, all, or absent (in batch row 0).
+
+    `mask`: None; left or right (2-D padding); bool, bool_heads, bias, bias_min (finfo.min hides), bias_rows (whole rows
+    hidden). `layout`: bhsd, bshd (transformers'), sliced (last dim strided) or expanded (one KV head for all).
+    """
+
+    q_len: int = 63
+    kv_len: int | None = None
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    dim: int = 64
+    value_dim: int | None = None
+    image: str = "middle"
+    mask: str | None = None
+    causal: bool = True
+    sliding_window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    layout: str = "bshd"
+    peak: float = 1.5
+
+    def __str__(self):
+        default = Case()
+        changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(default, k)]
+        return "-".join(changed) or "default"
+
+    @property
+    def rules(self) -> dict:
+        return dict(causal=self.causal, sliding_window=self.sliding_window, softcap=self.softcap, scale=self.scale)
+
+
+@dataclass
+class Inputs:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    image_mask: Tensor
+    attention_mask: Tensor | None
+    rules: dict
+
+    @property
+    def scoring(self) -> Scoring:
+        scale = self.rules["scale"] or self.query.shape[-1] ** -0.5
+        return Scoring(self.attention_mask, **{**self.rules, "scale": scale})
+
+    def widened(self) -> Inputs:
+        return replace(self, query=self.query.double(), key=self.key.double(), value=self.value.double())
+
+
+def make(case: Case, dtype=torch.float32, device="cpu", seed=0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    kv_len = case.kv_len or case.q_len
+
+    def tensor(heads, length, dim, scale):
+        shape = (case.batch, heads, length, dim)
+        out = (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+        if case.layout == "bshd":
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        elif case.layout == "sliced":
+            wide = out.new_full((*shape[:-1], 2 * dim + 3), torch.nan)
+            wide[..., 3::2] = out
+            out = wide[..., 3::2]
+        elif case.layout == "expanded":
+            out = out[:, :1].expand(shape)
+        return surrounded(out) if case.layout == "bhsd" else out
+
+    query = tensor(case.heads, case.q_len, case.dim, case.peak)
+    key = tensor(case.kv_heads, kv_len, case.dim, case.peak)
+    value = tensor(case.kv_heads, kv_len, case.value_dim or case.dim, 1.0)
+    if case.layout == "expanded":
+        query = query * torch.linspace(0.5, 1.5, case.heads, device=device, dtype=dtype)[:, None, None]
+    image_mask = make_image(case, kv_len, generator).to(device)
+    mask = make_mask(case, kv_len, generator, dtype)
+    return Inputs(query, key, value, image_mask, None if mask is None else mask.to(device), case.rules)
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """The same tensor, its memory bordered by NaN: an over-read shows."""
+    memory = tensor.new_full((tensor.numel() + 4096,), torch.nan)
+    inside = memory[2048 : 2048 + tensor.numel()].view(tensor.shape)
+    return inside.copy_(tensor)
+
+
+def make_image(case: Case, kv_len: int, generator) -> Tensor:
+    image = torch.zeros(case.batch, kv_len, dtype=torch.bool)
+    third = max(1, kv_len // 3)
+    if case.image == "scattered":
+        image = torch.rand(case.batch, kv_len, generator=generator) < 0.3
+    elif case.image == "all":
+        image[:] = True
+    else:
+        start = {"first": 0, "middle": third // 2, "absent": third // 2, "last": kv_len - third}[case.image]
+        image[:, start : start + 2 * third] = True
+    if case.image == "absent":
+        image[0] = False
+    return image
+
+
+def make_mask(case: Case, kv_len: int, generator, dtype) -> Tensor | None:
+    if case.mask is None:
+        return None
+    pad = torch.tensor([kv_len // 5 * (b % 2) for b in range(case.batch)])
+    key = torch.arange(kv_len)
+    if case.mask == "left":
+        return key >= pad[:, None]
+    if case.mask == "right":
+        return key < kv_len - pad[:, None]
+    heads = case.heads if case.mask == "bool_heads" else 1
+    shape = (case.batch, heads, case.q_len, kv_len)
+    shown = torch.rand(shape, generator=generator) < 0.7
+    if case.mask == "bias_rows":
+        shown[:, :, case.q_len // 3 : case.q_len // 2] = False
+    if case.mask in ("bool", "bool_heads"):
+        return shown
+    bias = torch.randn(shape, generator=generator).to(dtype)
+    return bias.masked_fill(~shown, torch.finfo(dtype).min if case.mask == "bias_min" else -torch.inf)
+
+
+def pick_threshold(column_mean: Tensor, image_mask: Tensor) -> float:
+    """A threshold that splits the columns and that no column mean is near: counts can then be compared exactly."""
+    means = column_mean[image_mask[:, None].expand_as(column_mean)].sort().values
+    means = means[means > 0]
+    if means.numel() < 4:
+        return 0.002
+    middle = means[means.numel() // 2 : -1 if means.numel() < 20 else means.numel() * 19 // 20]
+    gap = middle.diff().argmax() if middle.numel() > 1 else 0
+    return float((middle[gap] + middle[min(gap + 1, middle.numel() - 1)]) / 2)
+
+
+def exact(inputs: Inputs, threshold: float | None = None):
+    """The float64 reference: (output, head, sink_counts, lse, column_mean, threshold)."""
+    wide = inputs.widened()
+    scoring = wide.scoring
+    _, lse, mean = reference.sink_statistics(wide.query, wide.key, wide.image_mask, 0.0, scoring, torch.float64)
+    threshold = pick_threshold(mean, inputs.image_mask) if threshold is None else threshold
+    output, head, counts = reference.eah_attention(
+        wide.query, wide.key, wide.value, wide.image_mask, threshold, 0.0, scoring, torch.float64
+    )
+    return output, head, counts, lse, mean, threshold
+
+
+def assert_close(out: Tensor, ref: Tensor, plain: Tensor) -> None:
+    """FlashAttention's rule: at most twice the error of the same-dtype eager form, plus twice the rounding near ref.
+
+    Three times in float32, where the kernels' one rounding more, that of the stored log-sum-exp, is no longer small
+    beside the rounding of the operands. In float64 ref is itself the eager form: a plain tolerance.
+    """
+    if plain.dtype == torch.float64:
+        torch.testing.assert_close(out, ref, rtol=1e-10, atol=1e-12)
+        return
+    factor = 3 if plain.dtype == torch.float32 else 2
+    assert out.shape == ref.shape and out.dtype == plain.dtype
+    rounded = ref.to(plain.dtype)
+    rounding = ((rounded + 0.3 - 0.3).double() - rounded.double()).abs()
+    error, plain_error = (out.double() - ref).abs(), (plain.double() - ref).abs()
+    if error.numel():
+        assert not out.isnan().any()
+        assert error.max() <= factor * plain_error.max() + 2 * rounding.max(), (error.max(), plain_error.max())
+
+
+def check(case: Case, backend: str, dtype=torch.float32, device="cpu") -> None:
+    """Statistics, choice and output of a backend against the float64 reference."""
+    inputs = make(case, dtype, device)
+    output, head, counts, lse, mean, threshold = exact(inputs)
+    tensors = inputs.query, inputs.key, inputs.value
+    options = dict(attention_mask=inputs.attention_mask, backend=backend, **inputs.rules)
+
+    result = eah_attention(*tensors, inputs.image_mask, threshold=threshold, **options)
+    assert torch.equal(result.sink_counts, counts)
+    assert torch.equal(result.head, head)
+    plain = reference.shared_map_attention(*tensors, head, inputs.scoring, dtype)
+    assert_close(result.output, output, plain)
+
+    statistics = sink_statistics(
+        *tensors[:2], inputs.image_mask, threshold=threshold, return_column_mean=True, **options
+    )
+    assert torch.equal(statistics.sink_counts, counts)
+    torch.testing.assert_close(statistics.lse.double(), lse, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(statistics.column_mean.double(), mean, rtol=1e-4, atol=1e-6)
+
+    other = torch.arange(case.batch, dtype=torch.int32, device=inputs.query.device) % case.heads - 1
+    ref = reference.shared_map_attention(
+        *(t.double() for t in tensors), other, inputs.scoring, torch.float64
+    )
+    plain = reference.shared_map_attention(*tensors, other, inputs.scoring, dtype)
+    assert_close(shared_map_attention(*tensors, other, **options), ref, plain)
