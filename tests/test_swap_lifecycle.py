@@ -209,7 +209,9 @@ def test_families_not_in_the_table():
         vision_config=build("llava").config.vision_config, text_config=transformers.LlamaConfig(**TEXT)
     )
     model = transformers.LlavaNextForConditionalGeneration(config)
-    with pytest.raises(eah.UnsupportedModelError, match="'llava_next'.* not a supported family; supported: internvl"):
+    with pytest.raises(
+        eah.UnsupportedModelError, match=r"'llava_next'\) is not a supported family; supported: internvl"
+    ):
         eah.enable(model)
 
 

@@ -12,7 +12,7 @@ from eah_kernels import reference
 from eah_kernels.masks import Scoring
 
 FAMILIES = ("llava", "qwen2_5_vl", "internvl")
-PAD, IMAGE, VOCAB = 0, 95, 96
+PAD, VISION_START, VISION_END, VIDEO, IMAGE, VOCAB = 0, 92, 93, 94, 95, 96
 IMAGE_TOKENS = 9
 TEXT = {
     "vocab_size": VOCAB,
@@ -44,7 +44,6 @@ def build(family: str, attn: str = "sdpa", layers: tuple[int, ...] = (1,), seed:
     """
     import transformers as hf
 
-    torch.manual_seed(seed)
     text = {**TEXT, **text}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     if family == "llava":
@@ -74,13 +73,14 @@ def build(family: str, attn: str = "sdpa", layers: tuple[int, ...] = (1,), seed:
             text_config={**text, "rope_parameters": rope},
             vision_config=vision_config,
             image_token_id=IMAGE,
-            video_token_id=94,
-            vision_start_token_id=93,
-            vision_end_token_id=92,
+            video_token_id=VIDEO,
+            vision_start_token_id=VISION_START,
+            vision_end_token_id=VISION_END,
         )
         cls = hf.Qwen2_5_VLForConditionalGeneration
     config._attn_implementation = attn
     model = cls(config).eval()
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -100,7 +100,9 @@ def attention_of(model, layer: int):
 def prompt(family: str, rows: list[str], padding: str = "left") -> dict:
     """Model inputs from rows such as "abIcd": a letter is a text token, I an image. Padded to the longest row."""
     generator = torch.Generator().manual_seed(1)
-    ids = [[t for c in row for t in ([IMAGE] * IMAGE_TOKENS if c == "I" else [ord(c) % 64 + 1])] for row in rows]
+    image = [IMAGE] * IMAGE_TOKENS
+    image = [VISION_START, *image, VISION_END] if family == "qwen2_5_vl" else image
+    ids = [[token for c in row for token in (image if c == "I" else [ord(c) % 64 + 1])] for row in rows]
     longest = max(map(len, ids))
     fill = [[PAD] * (longest - len(row)) for row in ids]
     ids_and_fill = [f + row if padding == "left" else row + f for row, f in zip(ids, fill, strict=True)]
@@ -157,7 +159,11 @@ class Oracle:
                 projection(hidden_states).view(shape).transpose(1, 2)
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
+            if hasattr(modeling, "apply_rotary_pos_emb"):
+                q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
+            else:  # Qwen2.5-VL until transformers 5.4 or so
+                sections = attention.config.rope_parameters["mrope_section"]
+                q, k = modeling.apply_multimodal_rotary_pos_emb(q, k, *position_embeddings, sections)
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, attention.layer_idx)
             image = self.image_mask.repeat_interleave(batch // len(self.image_mask), 0)
@@ -176,7 +182,7 @@ class Oracle:
         return forward
 
     def tune(self, inputs, layer: int = 1) -> None:
-        """Sets a threshold that no column mean is near, at which the counts differ and a head other than 0 wins."""
+        """Sets a threshold that no column mean is near, at which one head wins, and not always head 0."""
         self(**inputs)
         means = self.means[layer]
         with_image = self.image_mask.any(-1)
@@ -184,7 +190,7 @@ class Oracle:
             counts = (means > threshold).sum(-1)[with_image]
             best = counts.sort(-1, descending=True).values
             clear = (means - threshold).abs().nan_to_num(1.0).min() > 5e-4
-            if clear and (best[:, 0] > best[:, 1]).all() and (counts.argmax(-1) > 0).all():
+            if clear and (best[:, 0] > best[:, 1]).all() and (counts.argmax(-1) > 0).any():
                 self.threshold = threshold
                 self(**inputs)
                 return
