@@ -83,8 +83,9 @@ def eah_attention(
         RuntimeError: the named backend cannot be used here, or an input requires grad and the backend is not
             "reference".
     """
-    scoring = _check(query, key, image_mask, attention_mask, causal, scale, sliding_window, softcap)
+    scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
     _check_value(query, key, value)
+    _check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
     _check_fraction("threshold", threshold, math.inf)
     _check_fraction("min_density", min_density, 1.0)
     backend = choose_backend(backend, query)
@@ -120,7 +121,8 @@ def sink_statistics(
         exponentials, -inf for a row that sees no key; column_mean (B, Hq, Skv) float32, the mean attention c_h[j] of
         each image-token key, 0 elsewhere, or None unless `return_column_mean`.
     """
-    scoring = _check(query, key, image_mask, attention_mask, causal, scale, sliding_window, softcap)
+    scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
+    _check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
     _check_fraction("threshold", threshold, math.inf)
     backend = choose_backend(backend, query)
     batch, heads, q_len, _ = query.shape
@@ -183,7 +185,7 @@ def shared_map_attention(
     Returns:
         (B, Hq, Sq, Dv) in query's dtype, 0 for a row that sees no key.
     """
-    scoring = _check(query, key, None, attention_mask, causal, scale, sliding_window, softcap)
+    scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
     _check_value(query, key, value)
     _require_tensors(head=head)
     if head.shape != query.shape[:1] or head.dtype != torch.int32 or head.device != query.device:
@@ -237,11 +239,11 @@ def _reference_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _check(query, key, image_mask, attention_mask, causal, scale, sliding_window, softcap) -> Scoring:
+def _check(query, key, attention_mask, causal, scale, sliding_window, softcap) -> Scoring:
     _require_tensors(query=query, key=key)
     if query.dim() != 4 or query.shape[1] == 0:
         raise ValueError(f"query must be (B, Hq, Sq, D) with Hq >= 1, got {_describe(query)}")
-    batch, heads, q_len, head_dim = query.shape
+    _, _, q_len, head_dim = query.shape
     if query.dtype not in DTYPES:
         raise TypeError(f"query must be {', '.join(map(str, DTYPES))}, got {query.dtype}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -254,8 +256,6 @@ def _check(query, key, image_mask, attention_mask, causal, scale, sliding_window
         raise TypeError(f"causal must be a bool, got {causal!r}")
     if causal and kv_len < q_len:
         raise ValueError(f"key must have at least query's length with causal=True, got {kv_len} keys for {q_len} rows")
-    if image_mask is not None:
-        _check_image_mask(image_mask, batch, kv_len, query.device)
     if attention_mask is not None:
         _check_attention_mask(attention_mask, query, kv_len)
     if sliding_window is not None and (type(sliding_window) is not int or sliding_window < 1):

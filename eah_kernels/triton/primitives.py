@@ -72,7 +72,7 @@ def score_tile(
         visible = visible & (tl.load(at(mask_ptr, start_n, stride_mn) + local_n * stride_mn, mask=inside, other=0) != 0)
     elif MASK != NO_MASK:
         tile = at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn) + local_m * stride_mm + local_n * stride_mn
-        entry = tl.load(tile, mask=inside & (row < q_len), other=0)
+        entry = tl.load(tile, mask=inside & (row < q_len), other=0 if MASK == BOOL_MASK else float("-inf"))
         if MASK == BOOL_MASK:
             visible = visible & (entry != 0)
         else:
