@@ -5,7 +5,7 @@ from __future__ import annotations
 import eah
 import pytest
 import torch
-from tiny_models import FAMILIES, IMAGE, Oracle, attention_of, build, one_thread, prompt  # noqa: F401
+from tiny_models import FAMILIES, IMAGE, VIDEO, Oracle, attention_of, build, one_thread, prompt  # noqa: F401
 
 import eah_kernels
 
@@ -162,6 +162,14 @@ def test_inputs_embeds_without_ids(family):
     found = [row.image_tokens for row in handle.report().layers[0].rows]
     assert found == [9, 9]
     close(got, oracle(**given, inputs_embeds=embeds), inputs["attention_mask"])
+
+
+def test_video_tokens_count_as_image_tokens():
+    model = build("qwen2_5_vl")
+    ids = torch.tensor([[1, 2, *[VIDEO] * 5, 3, *[IMAGE] * 4, 4]])
+    with eah.enable(model) as handle:
+        logits(model, input_ids=ids)
+    assert handle.report().layers[0].rows[0].image_tokens == 9
 
 
 def test_masks_of_the_callers_own():

@@ -88,6 +88,22 @@ def test_mask_of_an_unknown_form():
     stands_aside(build("llava"), swap.MASK_FORM, **{**inputs, "attention_mask": mask[..., :18]})
 
 
+def test_some_heads_only():
+    """Tensor parallel: each process sees its own heads, and the best of them is not the layer's best."""
+    model, inputs = build("llava"), prompt("llava", ROWS)
+    model.get_decoder().config.num_attention_heads = 8
+    stands_aside(model, swap.SOME_HEADS, **inputs)
+
+
+def test_image_features_merged_by_the_caller():
+    """Without ids and without a placeholder embedding nothing tells where the image is: no row has an image token."""
+    model, inputs = build("llava"), prompt("llava", ROWS)
+    embeds = torch.randn(*inputs["input_ids"].shape, 32)
+    with torch.no_grad(), eah.enable(model, threshold=0.0) as handle:
+        model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    assert [row.why_none for row in handle.report().layers[0].rows] == ["no image token"] * 2
+
+
 def test_the_decoder_called_by_itself():
     model, inputs = build("llava"), prompt("llava", ROWS)
     embeds = model.get_input_embeddings()(inputs["input_ids"])

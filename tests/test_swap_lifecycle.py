@@ -139,6 +139,17 @@ def test_two_threads_with_different_images():
         assert all(torch.equal(got, alone[number]) for number, got in zip(order, together, strict=True))
 
 
+def test_weights_offloaded_by_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = build("llava"), prompt("llava", ROWS)
+    with eah.enable(model, threshold=0.0):
+        wanted = logits(model, **inputs)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with eah.enable(model, threshold=0.0) as handle:
+        assert torch.equal(logits(model, **inputs), wanted)
+    assert handle.report().layers[0].rows
+
+
 def test_report_before_during_and_after():
     model, inputs = build("llava", layers=(0, 1)), prompt("llava", ["abIcd", "abcde"])
     handle = eah.enable(model, layers=(0, 1), threshold=0.0)

@@ -21,7 +21,7 @@ class Prefill(NamedTuple):
 
     image_mask: Tensor | None = None  # (B, S) bool
     padding_mask: Tensor | None = None  # (B, S) bool, True = real token; None without one
-    own_mask: bool = False  # the caller made the attention mask himself (4-D, or one per layer type)
+    own_mask: bool = False  # the caller passed finished attention masks (4-D, or one per layer type)
     has_cache: bool = False  # keys may be longer than S: a static cache
     stand_aside: str | None = None
 

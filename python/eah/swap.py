@@ -23,6 +23,7 @@ HANDLED = ("sdpa", "eager")  # base implementations whose masks are understood h
 
 NO_IMAGE_MASK = "no image mask reached the layer: the forward did not go through the enabled model's base model"
 DROPOUT = "attention dropout is active"
+SOME_HEADS = "the layer computes only some of its heads here (tensor parallel)"
 UNALIGNED = "the layer has other keys than the tokens of this forward"
 MASK_FORM = "the attention mask is not (B|1, 1|heads, queries, keys) in bool or a floating dtype"
 UNSUPPORTED_ARGUMENTS = {
@@ -103,8 +104,8 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_forward)
 
 
-def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """What transformers calls. query (B, Hq, S, D), key and value (B, Hkv, Skv, D).
+def attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """What transformers calls. query (B, Hq, S, D), key (B, Hkv, Skv, D), value (B, Hkv, Skv, Dv).
 
     Returns:
         Output (B, S, Hq, Dv) and the attention maps, or None in their place as the base implementation does.
@@ -118,38 +119,39 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
     base = namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, namespace["eager_attention_forward"])
     view = ModuleView(layer)
     if query.shape[2] <= 1:  # a decoding step
-        return base(view, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return base(view, query, key, value, attention_mask, **kwargs)
 
-    reason = why_not(implementation, query, key, attention_mask, dropout, prefill, kwargs)
+    reason = why_not(layer, implementation, query, key, attention_mask, prefill, kwargs)
     if reason is not None:
         _stand_aside(layer, reason)
-        return base(view, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return base(view, query, key, value, attention_mask, **kwargs)
 
     call = what_arrived(layer, implementation, query, key, value, attention_mask, prefill, kwargs)
     knobs = {
         "threshold": layer.settings.threshold,
         "attention_mask": call.attention_mask,
         "causal": call.causal,
-        "scale": scaling,
+        "scale": kwargs.get("scaling"),
         "softcap": kwargs.get("softcap"),
         "backend": layer.settings.backend,
     }
     min_density = layer.settings.min_density
     q, k, v = _as_under_autocast(query, call.key, call.value)
-    if not _through_base(layer, implementation, query, key, value, kwargs):
+    if not (_requires_grad(query, key, value, attention_mask) or _wants_maps(layer.config, implementation, kwargs)):
         result = eah_attention(q, k, v, call.image_mask, min_density=min_density, **knobs)
         layer.record = Record(result.head, result.sink_counts, call.image_mask)
         return result.output.transpose(1, 2), None
 
+    # For gradients, and for the maps, the base implementation runs on the chosen head's query and key.
     with torch.no_grad():
         counts = sink_statistics(q, k, call.image_mask, **knobs).sink_counts
         head = select_head(counts, call.image_mask, min_density)
     layer.record = Record(head, counts, call.image_mask)
     query, key, attention_mask = lend(head, query, key, attention_mask)
-    return base(view, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return base(view, query, key, value, attention_mask, **kwargs)
 
 
-def why_not(implementation, query, key, attention_mask, dropout, prefill: Prefill, kwargs) -> str | None:
+def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill, kwargs) -> str | None:
     """The reason to leave this forward to the layer's own implementation, or None."""
     if implementation not in HANDLED:
         return f"the attention implementation {implementation!r} is not handled; handled are {', '.join(HANDLED)}"
@@ -158,14 +160,13 @@ def why_not(implementation, query, key, attention_mask, dropout, prefill: Prefil
             return reason
     if prefill.stand_aside is not None:
         return prefill.stand_aside
-    if dropout > 0:
+    if kwargs.get("dropout"):
         return DROPOUT
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
-    if (
-        tuple(prefill.image_mask.shape) != (batch, q_len)
-        or kv_len < q_len
-        or (kv_len > q_len and not prefill.has_cache)
-    ):
+    if heads != getattr(layer.config, "num_attention_heads", heads):
+        return SOME_HEADS
+    aligned = kv_len == q_len or (kv_len > q_len and prefill.has_cache)
+    if not aligned or tuple(prefill.image_mask.shape) != (batch, q_len):
         return UNALIGNED
     if attention_mask is not None:
         shape = tuple(attention_mask.shape)
@@ -229,13 +230,14 @@ def _plain_causal(config, kwargs) -> bool:
     )
 
 
-def _through_base(layer, implementation, query, key, value, kwargs) -> bool:
-    """True when gradients or the attention maps are wanted: the base implementation gives both, of the lent map."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return True
-    if implementation != "eager":
-        return False
-    return bool(kwargs.get("output_attentions", getattr(layer.config, "output_attentions", False)))
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _wants_maps(config, implementation, kwargs) -> bool:
+    """transformers skips a layer that returns None for its maps: the maps of the next would be taken for this one's."""
+    wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    return implementation == "eager" and bool(wanted)
 
 
 def _as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
