@@ -87,12 +87,18 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def make_launch(kernel: str, target: str, head_dim: int, dtype: torch.dtype, mask_form: str, q_len=1024, **rules) -> Launch:
+def make_launch(
+    kernel: str, target: str, head_dim: int, dtype: torch.dtype, mask_form: str, q_len=1024, **rules
+) -> Launch:
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     batch, heads, kv_heads = 2, 32, 32
-    query, key, value = empty(batch, heads, q_len, head_dim), empty(batch, kv_heads, q_len, head_dim), empty(batch, kv_heads, q_len, head_dim)
+    query, key, value = (
+        empty(batch, heads, q_len, head_dim),
+        empty(batch, kv_heads, q_len, head_dim),
+        empty(batch, kv_heads, q_len, head_dim),
+    )
     mask = {
         "none": None,
         "key": empty(batch, q_len, dtype=torch.bool),

@@ -79,9 +79,9 @@ def eah_attention(
         EAHResult. A row of `output` that sees no key is 0. A batch row without image token has head -1 and counts 0.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; the message names it.
-        RuntimeError: the named backend cannot be used here, or an input requires grad and the backend is not
-            "reference".
+        TypeError, ValueError: an argument that does not fit, a backend that cannot be used here among them; the message
+            names the argument and says why.
+        RuntimeError: an input requires grad under grad mode and the backend is not "reference".
     """
     scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
     _check_value(query, key, value)
@@ -205,8 +205,7 @@ def choose_backend(backend: str, query: Tensor) -> str:
     "torch" in every other case. "reference" is never chosen for you.
 
     Raises:
-        ValueError: an unknown name.
-        RuntimeError: a named backend that cannot run on query; the message says why.
+        ValueError: an unknown name, or a named backend that cannot run on query; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -216,7 +215,7 @@ def choose_backend(backend: str, query: Tensor) -> str:
     if backend == "auto":
         return "torch" if missing or query.device.type != "cuda" else "triton"
     if missing:
-        raise RuntimeError(f'backend="triton" cannot be used: {missing}')
+        raise ValueError(f'backend="triton" cannot be used: {missing}')
     return backend
 
 

@@ -54,9 +54,7 @@ def _(query, key, value, image_mask, *_):
 def sink_statistics(query, key, image_mask, threshold, return_column_mean, *scoring_backend):
     """Without `return_column_mean`, column_mean is (0,)."""
     *scoring, backend = scoring_backend
-    return _backend(backend).sink_statistics(
-        query, key, image_mask, threshold, return_column_mean, Scoring(*scoring)
-    )
+    return _backend(backend).sink_statistics(query, key, image_mask, threshold, return_column_mean, Scoring(*scoring))
 
 
 @sink_statistics.register_fake

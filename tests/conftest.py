@@ -22,7 +22,9 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device; torch.cuda.is_available() is False"))
+                item.add_marker(
+                    pytest.mark.skip(reason="needs a CUDA or ROCm device; torch.cuda.is_available() is False")
+                )
 
 
 @pytest.fixture

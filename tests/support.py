@@ -195,8 +195,6 @@ def check(case: Case, backend: str, dtype=torch.float32, device="cpu") -> None:
     torch.testing.assert_close(statistics.column_mean.double(), mean, rtol=1e-4, atol=1e-6)
 
     other = torch.arange(case.batch, dtype=torch.int32, device=inputs.query.device) % case.heads - 1
-    ref = reference.shared_map_attention(
-        *(t.double() for t in tensors), other, inputs.scoring, torch.float64
-    )
+    ref = reference.shared_map_attention(*(t.double() for t in tensors), other, inputs.scoring, torch.float64)
     plain = reference.shared_map_attention(*tensors, other, inputs.scoring, dtype)
     assert_close(shared_map_attention(*tensors, other, **options), ref, plain)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from support import Case, check
 
 SHAPES = [

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import Case, exact, make
 
 from eah_kernels import eah_attention, select_head, sink_statistics
+from support import Case, exact, make
 
 BACKENDS = ["reference", "torch", "triton"]
 

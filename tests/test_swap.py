@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import eah
 import pytest
 import torch
-from tiny_models import FAMILIES, IMAGE, VIDEO, Oracle, attention_of, build, one_thread, prompt  # noqa: F401
 
+import eah
 import eah_kernels
+from tiny_models import FAMILIES, IMAGE, VIDEO, Oracle, attention_of, build, one_thread, prompt  # noqa: F401
 
 pytest.importorskip("transformers")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import eah
 import pytest
 import torch
+
+import eah
 from eah import image_tokens, swap
 from tiny_models import attention_of, build, one_thread, prompt  # noqa: F401
 

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import eah
 import pytest
 import torch
+
+import eah
 from tiny_models import FAMILIES, IMAGE, TEXT, Oracle, attention_of, build, one_thread, prompt  # noqa: F401
 
 transformers = pytest.importorskip("transformers")
@@ -198,7 +199,7 @@ def test_arguments_that_do_not_fit(argument, value, error, message):
 
 def test_a_backend_that_cannot_run_here(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match='backend="triton" cannot be used'):
+    with pytest.raises(ValueError, match='backend="triton" cannot be used'):
         eah.enable(build("llava"), backend="triton")
 
 

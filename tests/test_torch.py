@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Case, exact, make
 
 from eah_kernels import eah_attention, ops, sink_statistics
+from support import Case, exact, make
 
 BACKENDS = ["torch", "triton"]
 CASES = [Case(q_len=20, heads=4, kv_heads=2, dim=16), Case(q_len=9, kv_len=20, mask="bool", layout="bhsd", dim=16)]

@@ -40,7 +40,6 @@ def enable(
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it. Also when the model is enabled.
         UnsupportedModelError: a model or layer in which EAH cannot act.
-        RuntimeError: a named backend that cannot be used for this model.
         ImportError: transformers is not installed.
     """
     try:

@@ -1,0 +1,237 @@
+"""`eah demo`: EAH inside a small LLaVA on a real picture, the backends against the reference, and their speed."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import eah
+from eah_kernels import eah_attention
+
+PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
+NEW_TOKENS = 12
+BACKENDS = ("torch", "triton")
+IMAGE_SIZE, PATCH = 336, 14  # LLaVA-1.5's: 576 image tokens
+
+
+def demo(image_file: str | None = None) -> dict:
+    """Runs the demo; plain data. image_file: None for matplotlib's photograph of Grace Hopper.
+
+    Raises:
+        ImportError: an extra is not installed; the message names it.
+        OSError: the file is no readable picture.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    picture, name = load_picture(image_file)
+    progress("building a small LLaVA with random weights")
+    processor, model = small_llava()
+    model.to(device)
+    inputs = processor(images=picture, text=PROMPT, return_tensors="pt").to(device)
+    progress("generating without and with EAH")
+    length = inputs["input_ids"].shape[1]
+    options = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    plain = model.generate(**inputs, **options)[0, length:]
+    with eah.enable(model) as handle:
+        enhanced = model.generate(**inputs, **options)[0, length:]
+        report = handle.report()
+    progress("comparing the backends with the reference")
+    agreement = {backend: compare(backend, device) for backend in BACKENDS}
+    progress("timing one attention layer of LLaVA-1.5's size")
+    usable = [backend for backend, found in agreement.items() if "unavailable" not in found]
+    return {
+        "image": name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "prompt_tokens": length,
+        "image_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
+        "layers": [
+            {
+                "layer": layer.layer,
+                "stood_aside": layer.stood_aside,
+                "heads": [row.head for row in layer.rows],
+                "sinks": [list(row.sinks) for row in layer.rows],
+            }
+            for layer in report.layers
+        ],
+        "report": str(report),
+        "new_tokens": {"without": plain.tolist(), "with": enhanced.tolist()},
+        "tokens_changed": int((plain != enhanced).sum()),
+        "agreement": agreement,
+        "timing": time_layer(usable, device),
+    }
+
+
+def print_demo(results: dict) -> None:
+    print(f"picture: {results['image']}; device: {results['device']}; torch {torch.__version__}")
+    print(f"prompt: {results['prompt_tokens']} tokens, {results['image_tokens']} of them image tokens\n")
+    print(results["report"])
+    print(
+        f"\nWith EAH {results['tokens_changed']} of {NEW_TOKENS} generated tokens differ from those without.\n"
+        "The weights are random: the text means nothing and is not shown, and nothing here says how well EAH works.\n"
+        "It says that the method runs where it should. `eah generate` runs it in a trained model.\n"
+    )
+    print("backend     head, sinks  largest error of the output, against the float32 reference")
+    for backend, found in results["agreement"].items():
+        if "unavailable" in found:
+            print(f"{backend:10}  unavailable: {found['unavailable']}")
+        else:
+            print(f"{backend:10}  {'equal' if found['equal'] else 'DIFFERENT':11}  {found['largest_error']:.1e}")
+    timing = results["timing"]
+    print(f"\none attention layer, {timing['shape']}, {timing['dtype']}: median of {timing['runs']} interleaved runs")
+    for name, row in timing["rows"].items():
+        print(f"{name:20} {row['ms']:9.2f} ms   {row['ratio']:5.2f} x scaled_dot_product_attention")
+
+
+def load_picture(image_file: str | None):
+    """A PIL image in RGB, and its name."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as missing:
+        raise ImportError("reading a picture needs Pillow: pip install 'eah-kernels[demo]'") from missing
+    if image_file is not None:
+        return Image.open(image_file).convert("RGB"), image_file
+    try:
+        from matplotlib.cbook import get_sample_data
+    except ModuleNotFoundError as missing:
+        raise ImportError(
+            "the demo's picture comes with matplotlib: pip install 'eah-kernels[demo]', or name one with --image"
+        ) from missing
+    with get_sample_data("grace_hopper.jpg") as file:
+        return Image.open(file).convert("RGB"), "grace_hopper.jpg (from matplotlib)"
+
+
+def small_llava():
+    """A LLaVA of LLaVA-1.5's form (CLIP at 336 pixels, Llama) with 4 narrow layers, and a processor for it.
+
+    The weights are random. Query and key projections are drawn wider for later heads, so that the heads' maps differ in
+    sharpness, as those of a trained model do.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError as missing:
+        raise ImportError("the demo needs transformers: pip install 'eah-kernels[demo]'") from missing
+    transformers.utils.logging.set_verbosity_error()
+    tokenizer = byte_tokenizer()
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        ),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for layer in model.get_decoder().layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                heads = projection.weight.unflatten(0, (8, -1))
+                heads.normal_().mul_(torch.linspace(0.02, 0.12, 8)[:, None, None])
+    return processor, model
+
+
+def byte_tokenizer():
+    """Every byte a token, and LLaVA's special tokens: a tokenizer that needs no vocabulary file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<s>", "</s>", "<pad>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def layer_inputs(device: str, dtype: torch.dtype, length: int = 648, heads: int = 32) -> tuple[Tensor, ...]:
+    """Query, key, value (1, heads, length, 128) and the mask of an image from token 35 on, as in LLaVA-1.5's prompt."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, length, 128, generator=generator) for _ in range(3))
+    query *= torch.linspace(0.5, 2, heads)[:, None, None]
+    image_mask = torch.zeros(1, length, dtype=torch.bool)
+    image_mask[:, 35 : length * 611 // 648] = True
+    return *(t.to(device, dtype) for t in (query, key, value)), image_mask.to(device)
+
+
+@torch.no_grad()
+def compare(backend: str, device: str) -> dict:
+    """A backend against the reference on one layer of 200 tokens and 8 heads."""
+    inputs = layer_inputs(device, torch.float32, 200, 8)
+    expected = eah_attention(*inputs, threshold=0.006, backend="reference")
+    try:
+        result = eah_attention(*inputs, threshold=0.006, backend=backend)
+    except ValueError as error:
+        return {"unavailable": str(error)}
+    return {
+        "equal": torch.equal(result.head, expected.head) and torch.equal(result.sink_counts, expected.sink_counts),
+        "largest_error": (result.output - expected.output).abs().max().item(),
+    }
+
+
+@torch.no_grad()
+def time_layer(backends: list[str], device: str, runs: int = 7) -> dict:
+    """Milliseconds of one prefill of a LLaVA-1.5 attention layer, every contestant once per round."""
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    query, key, value, image_mask = layer_inputs(device, dtype)
+    if device == "cpu" and "triton" in backends:
+        backends = [name for name in backends if name != "triton"]  # the interpreter's speed says nothing
+    contestants = {"plain SDPA": partial(F.scaled_dot_product_attention, query, key, value, is_causal=True)}
+    for name in ("reference", *backends):
+        label = "EAH, eager" if name == "reference" else f"EAH, {name} backend"
+        contestants[label] = partial(eah_attention, query, key, value, image_mask, threshold=0.002, backend=name)
+    times = {name: [] for name in contestants}
+    for _ in range(runs + 1):
+        for name, run in contestants.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    median = {name: statistics.median(each[1:]) for name, each in times.items()}  # the first round warms up
+    base = median["plain SDPA"]
+    rows = {name: {"ms": ms, "ratio": ms / base} for name, ms in median.items()}
+    return {"shape": "1 x 32 heads x 648 tokens x 128", "dtype": str(dtype)[6:], "runs": runs, "rows": rows}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def progress(message: str) -> None:
+    """What is being done, on a terminal's stderr."""
+    if sys.stderr.isatty():
+        print(f"... {message}", file=sys.stderr, flush=True)
