@@ -66,7 +66,6 @@ class Cost(NamedTuple):
 
 def compile_launch(launch: Launch, target: str) -> Cost:
     triton.runtime.driver.set_active(StubDriver(target))
-    arguments = [launch.arguments[name] for name in launch.kernel.arg_names if name in launch.arguments]
     compiled = launch.kernel.warmup(**launch.arguments, **launch.tile.options(), grid=(launch.programs,))
     if target == "gfx942":
         text = compiled.asm["amdgcn"]

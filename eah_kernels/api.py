@@ -66,8 +66,8 @@ def eah_attention(
         image_mask: (B, Skv) bool, True where the key is an image token.
         threshold: a mean attention probability, >= 0.
         min_density: a fraction of the row's image tokens, 0..1.
-        attention_mask: None; (B, Skv) bool, True = real key; (B|1, 1|Hq, Sq, Skv) bool, True = visible; or that shape in
-            a floating dtype, added to the scaled, soft-capped score, where an entry <= finfo(dtype).min / 2 hides the key.
+        attention_mask: None; (B, Skv) bool, True = real key; (B|1, 1|Hq, Sq, Skv) bool, True = visible; or that shape
+            in a floating dtype, added to the scaled, soft-capped score: an entry <= finfo(dtype).min / 2 hides the key.
         causal: hide the keys after row i's own position i + Skv - Sq; combined with attention_mask.
         scale: multiplies q . k; default 1 / sqrt(D).
         sliding_window: hide the keys at own position - sliding_window and before; >= 1.

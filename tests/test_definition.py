@@ -24,7 +24,7 @@ VALUE = torch.tensor([[1.0], [10.0], [100.0], [1000.0]]).expand(1, 2, 4, 1) * to
 
 def from_weights(weights):
     """Query and key whose scores, at scale 1, are the logarithms of the weights."""
-    heads, rows, keys = weights.shape
+    heads, rows, _ = weights.shape
     query = torch.eye(rows).expand(1, heads, rows, rows)
     return query, weights.log().mT[None].contiguous()
 

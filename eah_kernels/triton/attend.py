@@ -1,8 +1,9 @@
-"""The output, given the chosen head (spec, step 6): one kernel in two forms, of which one leaves at once per batch row.
+"""The output, given the chosen head (spec, step 6): one kernel in two forms; for each batch row one leaves at once.
 
-SHARED, the map of head h* for all: one Q K^T and one exp per tile serve VALUE_HEADS value heads, laid side by side in one wide tile. The row
-log-sum-exps are known, so the map is normalised before P V: no online softmax, no rescaling, and P is rounded as the
-eager form rounds it. With grouped-query attention each KV head's output is computed once and written GROUP times.
+SHARED, the map of head h* for all: one Q K^T and one exp per tile serve VALUE_HEADS value heads, side by side in one
+wide tile. The row log-sum-exps are known, so the map is normalised before P V: no online softmax, no rescaling, and P
+is rounded as the eager form rounds it. With grouped-query attention each KV head's output is computed once and written
+GROUP times.
 
 Otherwise (head -1), the layer's ordinary attention: a FlashAttention-2 forward (arXiv 2307.08691), a head a program.
 """

@@ -1,7 +1,7 @@
 """Row log-sum-exp of every query head, or of the chosen one: a FlashAttention-2 forward (arXiv 2307.08691) without P V.
 
-Stored in log2 units for q_len rows padded to a multiple of LSE_PAD; +inf in the padding and for rows that see no key, so
-that exp2(score - lse) is 0 there without a test. On the way it zeroes the sink counts that the next pass adds to.
+Stored in log2 units for q_len rows padded to a multiple of LSE_PAD; +inf in the padding and for rows that see no key,
+so that exp2(score - lse) is 0 there without a test. On the way it zeroes the sink counts that the next pass adds to.
 """
 
 import triton
@@ -82,10 +82,10 @@ def _lse_kernel(
 def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, head=None) -> Launch:
     """Fills out (B, Hq, padded_length) float32 for every head, or out (B, 1, padded_length) for head (B,).
 
-    With image_mask and sink_counts (B, Hq) int32, batch rows without an image token are left out and sink_counts is zeroed.
+    With image_mask and sink_counts (B, Hq) int32, batch rows without image token are left out and sink_counts zeroed.
     """
     tile = problem.tile("lse")
-    batch, heads, q_len, _ = problem.query.shape
+    batch = problem.query.shape[0]
     return Launch(
         _lse_kernel,
         batch * out.shape[1] * (out.shape[2] // tile.block_m),

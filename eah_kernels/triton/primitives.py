@@ -50,7 +50,8 @@ def score_tile(
 
     local_m and local_n broadcast to the tile, in either order. EDGE = False: no pair of the tile is hidden by its
     position. OWN = False hides every row's own key too. The caller drops rows past q_len, and under CAUSAL keys past
-    kv_len, which only such rows see. With SOFTCAP, scale is 2 log2(e) scale / softcap and cap is log2(e) softcap, for tanh(x) = 1 - 2 / (exp(2 x) + 1).
+    kv_len, which only such rows see. With SOFTCAP, scale is 2 log2(e) scale / softcap and cap is log2(e) softcap, for
+    tanh(x) = 1 - 2 / (exp(2 x) + 1).
     """
     if SOFTCAP:
         score = cap - 2.0 * cap / (tl.exp2(qk * scale) + 1.0)

@@ -104,7 +104,7 @@ def _select_kernel(
 
 
 def sinks(problem: Problem, image_mask, lse, threshold, sink_counts, column_mean=None) -> Launch:
-    """Adds the sinks of every head to sink_counts (B, Hq); writes column_mean (B, Hq, Skv) at image tokens, if given."""
+    """Adds each head's sinks to sink_counts (B, Hq); writes column_mean (B, Hq, Skv) at image tokens, if given."""
     tile = problem.tile("sinks")
     batch, heads, _, _ = problem.query.shape
     return Launch(

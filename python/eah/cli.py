@@ -104,7 +104,7 @@ def _doctor(arguments) -> int:
 
 
 def doctor() -> dict:
-    """Versions of what EAH uses (None = not installed), devices, and per device why a backend does not work, or None."""
+    """Versions of what EAH uses (None = not installed); devices; per device why a backend does not work, or None."""
     versions = {"eah-kernels": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "transformers", "pillow", "matplotlib"):
         try:

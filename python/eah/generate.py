@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import eah
@@ -27,8 +29,11 @@ def generate(
     picture, _ = load_picture(image_file)
     try:
         from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+        from transformers.utils import logging
     except ModuleNotFoundError as missing:
         raise ImportError("eah generate needs transformers: pip install 'eah-kernels[demo]'") from missing
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     progress(f"loading {model_id}")
     processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
