@@ -16,7 +16,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 
 resources: $(INSTALLED)
-	$(VENV)/bin/python bench/resources.py $(if $(ALL),--all)
+	TRITON_INTERPRET=0 $(VENV)/bin/python bench/resources.py $(if $(ALL),--all)
 
 clean:
 	rm -rf .venv build *.egg-info

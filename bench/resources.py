@@ -10,9 +10,13 @@ the tile table (eah_kernels/triton/configs.py) saying why.
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,21 +27,25 @@ from triton.backends.compiler import GPUTarget
 from eah_kernels.masks import Scoring
 from eah_kernels.ops import empty_output
 from eah_kernels.triton import attend, lse, sinks
+from eah_kernels.triton.configs import HEAD_DIMS, TILES
 from eah_kernels.triton.launch import Launch, Problem
 
 
 class Target(NamedTuple):
     gpu: GPUTarget
     shared_kib: int  # a block may use
-    matrix: dict[bool, str]  # is 16-bit -> instruction, as a pattern in the disassembly
+    matrix: str  # the matrix instruction of 16-bit kernels, as the disassembly spells it
+    matrix_float32: str
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163, {True: "HMMA", False: "HMMA"}),
-    "sm_89": Target(GPUTarget("cuda", 89, 32), 99, {True: "HMMA", False: "HMMA"}),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227, {True: "HGMMA", False: "HGMMA"}),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227, {True: "UTCHMMA", False: "UTCHMMA"}),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64, {True: "v_mfma", False: "v_mfma"}),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163, "HMMA", "HMMA"),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 99, "HMMA", "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227, "HGMMA", "HGMMA"),  # wgmma
+    "sm_100": Target(
+        GPUTarget("cuda", 100, 32), 227, "UTCHMMA", "HMMA"
+    ),  # tcgen05, or mma.sync for small float32 tiles
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64, "v_mfma", "v_mfma"),
 }
 
 
@@ -55,6 +63,22 @@ class StubDriver:
 
     def get_current_target(self):
         return TARGETS[self.name].gpu
+
+
+class Row(NamedTuple):
+    kernel: str
+    target: str
+    kind: str
+    head_dim: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.kind == "float32" else torch.bfloat16
+
+    @property
+    def matrix(self) -> str:
+        target = TARGETS[self.target]
+        return target.matrix_float32 if self.kind == "float32" else target.matrix
 
 
 class Cost(NamedTuple):
@@ -86,29 +110,74 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def make_launch(
-    kernel: str, target: str, head_dim: int, dtype: torch.dtype, mask_form: str, q_len=1024, **rules
-) -> Launch:
-    def empty(*shape, dtype=dtype):
+def make_launch(row: Row) -> Launch:
+    """The row's kernel as it is launched for a LLaVA-like layer: 32 heads, 1024 tokens, a batch of 2."""
+    batch, heads, length = 2, 32, 1024
+
+    def empty(*shape, dtype=row.dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    batch, heads, kv_heads = 2, 32, 32
-    query, key, value = (
-        empty(batch, heads, q_len, head_dim),
-        empty(batch, kv_heads, q_len, head_dim),
-        empty(batch, kv_heads, q_len, head_dim),
-    )
-    mask = {
-        "none": None,
-        "key": empty(batch, q_len, dtype=torch.bool),
-        "bool": empty(batch, 1, q_len, q_len, dtype=torch.bool),
-        "bias": empty(batch, 1, q_len, q_len),
-    }[mask_form]
-    problem = Problem(query, key, Scoring(mask, scale=head_dim**-0.5, **rules), target)
-    image, counts = empty(batch, q_len, dtype=torch.bool), empty(batch, heads, dtype=torch.int32)
-    row_lse, head = empty(batch, heads, lse.padded_length(q_len), dtype=torch.float32), empty(batch, dtype=torch.int32)
-    if kernel == "lse":
-        return lse.lse(problem, row_lse, image_mask=image, sink_counts=counts)
-    if kernel == "sinks":
-        return sinks.sinks(problem, image, row_lse, 0.002, counts)
-    return attend.attend(problem, value, head, empty_output(query, value), row_lse if kernel == "shared_map" else None)
+    query, key, value = (empty(batch, heads, length, row.head_dim) for _ in range(3))
+    mask = None if row.kind == "plain" else empty(batch, 1, length, length)
+    problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target)
+    image_mask, counts = empty(batch, length, dtype=torch.bool), empty(batch, heads, dtype=torch.int32)
+    row_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
+    if row.kernel == "lse":
+        return lse.lse(problem, row_lse, image_mask=image_mask, sink_counts=counts)
+    if row.kernel == "sinks":
+        return sinks.sinks(problem, image_mask, row_lse, 0.002, counts)
+    head, output = empty(batch, dtype=torch.int32), empty_output(query, value)
+    return attend.attend(problem, value, head, output, row_lse if row.kernel == "shared_map" else None)
+
+
+def rows(everything: bool) -> list[Row]:
+    """Every row of the table; or sm_90's, and the shared map at head dim 128 of the other targets."""
+    table = [
+        Row(kernel, target, kind, head_dim)
+        for kernel, targets in TILES.items()
+        for target, kinds in targets.items()
+        for kind in kinds
+        for head_dim in HEAD_DIMS
+    ]
+    primary = ("shared_map", "plain", 128)
+    return [r for r in table if everything or r.target == "sm_90" or (r.kernel, r.kind, r.head_dim) == primary]
+
+
+def build(row: Row) -> tuple[Row, Cost, list[str]]:
+    """What the row costs, and what is wrong with it."""
+    launch = make_launch(row)
+    cost = compile_launch(launch, row.target)
+    target = TARGETS[row.target]
+    problems = []
+    if cost.shared_bytes > target.shared_kib * 1024:
+        problems.append(f"more than {target.shared_kib} KiB of shared memory")
+    if row.matrix not in cost.code:
+        problems.append(f"no {row.matrix} instruction")
+    if cost.spill_bytes and not launch.tile.spills:
+        problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")
+    return row, cost._replace(code=""), problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every row of the tile table")
+    chosen = rows(parser.parse_args().all)
+    print(f"{len(chosen)} builds, triton {triton.__version__}")
+    print("target  kernel      dims  kind     block_m x block_n  warps stages  registers  spilled  shared KiB  matrix")
+    failed = 0
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for row, cost, problems in pool.map(build, chosen):
+            tile = make_launch(row).tile
+            failed += bool(problems)
+            print(
+                f"{row.target:7} {row.kernel:11} {row.head_dim:4}  {row.kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
+                f"{tile.num_warps:5} {tile.num_stages:6}  {cost.registers:9}  {cost.spill_bytes:7}  "
+                f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {'; '.join(problems)}",
+                flush=True,
+            )
+    print(f"{len(chosen)} builds, {failed} wrong")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,13 +18,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(
-                    pytest.mark.skip(reason="needs a CUDA or ROCm device; torch.cuda.is_available() is False")
-                )
+    """On a GPU machine the kernel tests are gpu tests too; elsewhere gpu tests are skipped, with the reason."""
+    for item in items:
+        if not torch.cuda.is_available() and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device: torch.cuda.is_available() is False"))
+        if torch.cuda.is_available() and "kernel_device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture

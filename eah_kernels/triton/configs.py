@@ -1,7 +1,7 @@
-"""The pinned tile configurations: one table, by kernel, target, head dim, dtype and mask class.
+"""The pinned tile configurations: one table, by kernel, target, mask class or float32, and head dim; none is autotuned.
 
-Each row was compiled ahead of time (`make resources` prints registers, shared memory and spills); none is autotuned.
-sm_89 stands for every NVIDIA part with about 99 KiB of shared memory a block, sm_80 for those with 163 KiB.
+`make resources` compiles these rows and prints registers, shared memory and spills. sm_80 stands for NVIDIA parts with
+163 KiB of shared memory a block, sm_89 for those with about 99 KiB, gfx942 for AMD's.
 """
 
 from __future__ import annotations
@@ -10,27 +10,167 @@ from dataclasses import dataclass
 
 import torch
 
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-KERNELS = ("lse", "sinks", "shared_map", "own_map")
-
 
 @dataclass(frozen=True)
 class Tile:
-    """block_m query rows x block_n keys; value_width is the features of the value heads that share one map."""
+    """block_m query rows x block_n keys. value_width: features of the value heads that share one map.
+
+    spills: why registers of this row may spill to memory; empty means that they must not.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     value_width: int = 0
+    spills: str = ""
 
     def options(self) -> dict[str, int]:
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} if self.block_m else {}
         return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def find_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, tiled_mask: bool) -> Tile:
-    """head_dim is the larger of the key's and the value's; tiled_mask: a 4-D mask, read tile by tile."""
+HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
+THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
+
+# plain: 16-bit, no mask or only causality, window and soft-cap. masked: 16-bit with a mask tensor. float32: either.
+TILES = {
+    "lse": {
+        "sm_80": {
+            "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
+            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+            "float32": (Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(64, 16, 8, 1, spills=THREE_TF32)),
+        },
+        "sm_89": {
+            "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+            "float32": (Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(32, 16, 8, 1, spills=THREE_TF32)),
+        },
+        "sm_90": {
+            "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
+            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+            "float32": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 1, spills=THREE_TF32)),
+        },
+        "sm_100": {
+            "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
+            "masked": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+            "float32": (Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1, spills=THREE_TF32)),
+        },
+        "gfx942": {
+            "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+            "masked": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+            "float32": (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+        },
+    },
+    "sinks": {
+        "sm_80": {
+            "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+            "masked": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 2)),
+            "float32": (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1), Tile(16, 64, 8, 1, spills=THREE_TF32)),
+        },
+        "sm_89": {
+            "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 2)),
+            "masked": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+            "float32": (Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 8, 1, spills=THREE_TF32)),
+        },
+        "sm_90": {
+            "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+            "masked": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+            "float32": (Tile(32, 128, 8, 2), Tile(16, 64, 4, 1), Tile(16, 64, 8, 1)),
+        },
+        "sm_100": {
+            "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+            "masked": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+            "float32": (Tile(32, 128, 8, 2), Tile(16, 64, 8, 1), Tile(16, 64, 8, 1, spills=THREE_TF32)),
+        },
+        "gfx942": {
+            "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+            "masked": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 4, 2)),
+            "float32": (Tile(64, 128, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+        },
+    },
+    "shared_map": {
+        "sm_80": {
+            "plain": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
+            "masked": (Tile(64, 64, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 64, 8, 2, 256)),
+            "float32": (Tile(32, 32, 4, 1, 64), Tile(32, 16, 8, 1, 256), Tile(64, 32, 8, 1, 256, spills=THREE_TF32)),
+        },
+        "sm_89": {
+            "plain": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(64, 64, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "float32": (
+                Tile(32, 16, 4, 1, 64),
+                Tile(32, 16, 8, 1, 256, spills=THREE_TF32),
+                Tile(32, 16, 4, 1, 256, spills=THREE_TF32),
+            ),
+        },
+        "sm_90": {
+            "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256)),
+            "masked": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "float32": (
+                Tile(64, 16, 4, 1, 128),
+                Tile(128, 32, 8, 1, 128, spills=THREE_TF32),
+                Tile(64, 32, 8, 1, 256, spills=THREE_TF32),
+            ),
+        },
+        "sm_100": {
+            "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256)),
+            "masked": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256)),
+            "float32": (
+                Tile(64, 32, 8, 1, 128),
+                Tile(64, 32, 8, 1, 128, spills=THREE_TF32),
+                Tile(32, 16, 4, 1, 256, spills=THREE_TF32),
+            ),
+        },
+        "gfx942": {
+            "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
+            "masked": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "float32": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 4, 2, 128), Tile(64, 16, 8, 1, 256)),
+        },
+    },
+    "own_map": {
+        "sm_80": {
+            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+            "masked": (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+            "float32": (Tile(64, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1, spills=THREE_TF32)),
+        },
+        "sm_89": {
+            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+            "masked": (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+            "float32": (Tile(64, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1, spills=THREE_TF32)),
+        },
+        "sm_90": {
+            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+            "float32": (
+                Tile(128, 32, 8, 2),
+                Tile(64, 16, 4, 1, spills=THREE_TF32),
+                Tile(64, 32, 4, 1, spills=THREE_TF32),
+            ),
+        },
+        "sm_100": {
+            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+            "float32": (
+                Tile(64, 64, 8, 2),
+                Tile(64, 16, 8, 1, spills=THREE_TF32),
+                Tile(32, 16, 4, 1, spills=THREE_TF32),
+            ),
+        },
+        "gfx942": {
+            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+            "masked": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
+            "float32": (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
+        },
+    },
+}
+INTERPRETER = Tile(64, 64, num_warps=4, num_stages=1, value_width=256)
+
+
+def find_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
+    """The row for "lse", "sinks", "shared_map" or "own_map"; head_dim is the larger of the key's and the value's."""
     if target == "interpreter":
-        return Tile(64, 64, 4, 1, 256)
-    raise NotImplementedError
+        return INTERPRETER
+    kind = "float32" if dtype == torch.float32 else "masked" if masked else "plain"
+    bucket = next(i for i, most in enumerate(HEAD_DIMS) if head_dim <= most)
+    return TILES[kernel][target][kind][bucket]

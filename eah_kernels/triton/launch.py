@@ -67,8 +67,8 @@ class Problem:
         )
 
     def tile(self, kernel: str, value_dim: int = 0) -> Tile:
-        tiled_mask = self.mask_form in (BOOL_MASK.value, BIAS_MASK.value)
-        return find_tile(kernel, self.target, max(self.query.shape[-1], value_dim), self.query.dtype, tiled_mask)
+        masked = self.mask_form != NO_MASK.value
+        return find_tile(kernel, self.target, max(self.query.shape[-1], value_dim), self.query.dtype, masked)
 
     def _precision(self) -> str:
         """How a float32 product is made; never plain TF32. For 16-bit operands it means nothing."""

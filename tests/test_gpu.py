@@ -1,0 +1,98 @@
+"""What only a GPU can show: bfloat16, long prompts, CUDA graphs, no host synchronisation, addresses past 32 bits."""
+
+import pytest
+import torch
+
+from eah_kernels import eah_attention
+from support import Case, check, exact, make
+from test_backends import LONG, MASKS, SHAPES
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("case", SHAPES + MASKS + LONG, ids=str)
+def test_bfloat16(case):
+    check(case, "triton", torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(q_len=2928, batch=1, heads=7, kv_heads=1, dim=128, peak=1.0),
+        Case(q_len=8192, batch=1, heads=2, kv_heads=2, dim=128, peak=1.0, mask="left"),
+        Case(q_len=16384, batch=1, heads=2, kv_heads=1, dim=64, peak=1.0, image="scattered"),
+    ],
+    ids=str,
+)
+def test_long_prompts(case, dtype):
+    check(case, "triton", dtype, "cuda")
+
+
+def run(inputs, threshold):
+    return eah_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.image_mask,
+        threshold=threshold,
+        attention_mask=inputs.attention_mask,
+        backend="triton",
+        **inputs.rules,
+    )
+
+
+@pytest.mark.parametrize("mask", [None, "left", "bias"])
+def test_no_host_synchronisation_and_graph_capture(mask):
+    inputs = make(Case(q_len=648, heads=8, kv_heads=2, dim=128, mask=mask, image="absent"), torch.float16, "cuda")
+    threshold = exact(inputs)[-1]
+    expected = run(inputs, threshold)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(inputs, threshold)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs, threshold)
+    for tensor in captured:
+        tensor.fill_(7)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+    other = make(
+        Case(q_len=648, heads=8, kv_heads=2, dim=128, mask=mask, image="middle"), torch.float16, "cuda", seed=1
+    )
+    inputs.query.copy_(other.query)
+    inputs.image_mask.copy_(other.image_mask)
+    expected = run(inputs, threshold)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_addresses_past_32_bits():
+    """Two rows of a batch more than 2^31 elements apart, and a value head stride that 32 bits cannot multiply."""
+    if torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    case = Case(q_len=200, dim=64, heads=4, kv_heads=4)
+    inputs = make(case, torch.float16, "cuda")
+    threshold = exact(inputs)[-1]
+    expected = run(inputs, threshold)
+    memory = torch.empty(2**32 + 2**22, dtype=torch.float16, device="cuda")
+    for name, strides in {
+        "query": (2**31 + 64, 2**18, 64, 1),
+        "key": (2**30, 2**29 + 64, 64, 1),
+        "value": (2**31 + 64, 2**29 + 64, 64, 1),
+    }.items():
+        far = memory.as_strided((2, 4, 200, 64), strides).copy_(getattr(inputs, name))
+        moved = run(type(inputs)(**{**vars(inputs), name: far}), threshold)
+        assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)), name
+
+
+def test_more_programs_than_a_second_grid_axis_holds():
+    query = torch.randn(1, 70000, 2, 16, device="cuda")
+    image = torch.ones(1, 2, dtype=torch.bool, device="cuda")
+    result = eah_attention(query, query[:, :1], query[:, :1], image, backend="triton")
+    expected = eah_attention(query, query[:, :1], query[:, :1], image, backend="torch")
+    torch.testing.assert_close(result.output, expected.output, rtol=1e-4, atol=1e-5)
