@@ -121,13 +121,13 @@ def make_launch(row: Row) -> Launch:
     mask = None if row.kind == "plain" else empty(batch, 1, length, length)
     problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target)
     image_mask, counts = empty(batch, length, dtype=torch.bool), empty(batch, heads, dtype=torch.int32)
-    row_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
+    minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
     if row.kernel == "lse":
-        return lse.lse(problem, row_lse, image_mask=image_mask, sink_counts=counts)
+        return lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=counts)
     if row.kernel == "sinks":
-        return sinks.sinks(problem, image_mask, row_lse, 0.002, counts)
+        return sinks.sinks(problem, image_mask, minus_lse, 0.002, counts)
     head, output = empty(batch, dtype=torch.int32), empty_output(query, value)
-    return attend.attend(problem, value, head, output, row_lse if row.kernel == "shared_map" else None)
+    return attend.attend(problem, value, head, output, minus_lse if row.kernel == "shared_map" else None)
 
 
 def rows(everything: bool) -> list[Row]:

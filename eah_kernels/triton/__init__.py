@@ -17,14 +17,14 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     problem = Problem(query, key, scoring)
     batch, heads, q_len, _ = query.shape
     sink_counts = query.new_empty(batch, heads, dtype=torch.int32)
-    row_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
+    minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
     head = query.new_empty(batch, dtype=torch.int32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
-        _lse.lse(problem, row_lse, image_mask=image_mask, sink_counts=sink_counts).run()
-        _sinks.sinks(problem, image_mask, row_lse, threshold, sink_counts).run()
+        _lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=sink_counts).run()
+        _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts).run()
         _sinks.select(sink_counts, image_mask, min_density, head).run()
-        _attend.attend(problem, value, head, output, row_lse).run()
+        _attend.attend(problem, value, head, output, minus_lse).run()
         _attend.attend(problem, value, head, output).run()
     return output, head, sink_counts
 
@@ -33,25 +33,25 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
     problem = Problem(query, key, scoring)
     batch, heads, q_len, _ = query.shape
     sink_counts = query.new_zeros(batch, heads, dtype=torch.int32)
-    row_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
+    minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
     mean_shape = (batch, heads, key.shape[2]) if return_column_mean else (0,)
     column_mean = query.new_zeros(mean_shape, dtype=torch.float32)
     with torch.cuda.device_of(query):
-        _lse.lse(problem, row_lse).run()
+        _lse.lse(problem, minus_lse).run()
         _sinks.sinks(
-            problem, image_mask, row_lse, threshold, sink_counts, column_mean if return_column_mean else None
+            problem, image_mask, minus_lse, threshold, sink_counts, column_mean if return_column_mean else None
         ).run()
-    natural = row_lse[..., :q_len] / LOG2E
+    natural = minus_lse[..., :q_len] / -LOG2E
     return sink_counts, torch.where(natural == torch.inf, -torch.inf, natural), column_mean
 
 
 def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     problem = Problem(query, key, scoring)
     batch, _, q_len, _ = query.shape
-    row_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
+    minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
-        _lse.lse(problem, row_lse, head=head).run()
-        _attend.attend(problem, value, head, output, row_lse).run()
+        _lse.lse(problem, minus_lse, head=head).run()
+        _attend.attend(problem, value, head, output, minus_lse).run()
         _attend.attend(problem, value, head, output).run()
     return output

@@ -22,7 +22,7 @@ def _attend_kernel(
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     out_ptr, stride_ob, stride_oh, stride_om, stride_od,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-    head_ptr, lse_ptr, stride_lb, stride_lh,
+    head_ptr, minus_lse_ptr, stride_lb, stride_lh,
     batch, units, kv_heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -60,7 +60,7 @@ def _attend_kernel(
     if TAIL > 0:
         q_tail = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
     if SHARED:
-        lse = tl.load(at(at(lse_ptr, b, stride_lb), h, stride_lh) + start_m + local_m)
+        minus_lse = tl.load(at(at(minus_lse_ptr, b, stride_lb), h, stride_lh) + start_m + local_m)
     else:
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -86,7 +86,7 @@ def _attend_kernel(
                 scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE, True,
             )  # fmt: skip
             if SHARED:
-                p = tl.exp2(score - lse[:, None])
+                p = tl.exp2(score + minus_lse[:, None])
             else:
                 new_max = tl.maximum(row_max, tl.max(score, 1))
                 shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -114,16 +114,18 @@ def _attend_kernel(
         tl.store(at(out_tile, copy, stride_oh), out, mask=real[:, None] & exists[None, :])
 
 
-def attend(problem: Problem, value, head, out, lse=None) -> Launch:
-    """Writes out (B, Hq, Sq, Dv): with lse, the batch rows whose head is chosen; without, those whose head is -1."""
+def attend(problem: Problem, value, head, out, minus_lse=None) -> Launch:
+    """Writes out (B, Hq, Sq, Dv): with minus_lse, the batch rows whose head is chosen; without, those whose head is -1."""
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
-    shared = lse is not None
+    shared = minus_lse is not None
     tile = problem.tile("shared_map" if shared else "own_map", value_dim)
     value_pad = max(16, triton.next_power_of_2(value_dim))
     value_heads = max(1, min(tile.value_width // value_pad, triton.next_power_of_2(kv_heads))) if shared else 1
     units = triton.cdiv(kv_heads, value_heads) if shared else heads
-    stride_lb, stride_lh = (lse.stride(0), lse.stride(1) if lse.shape[1] > 1 else 0) if shared else (0, 0)
+    stride_lb, stride_lh = minus_lse.stride()[:2] if shared else (0, 0)
+    if shared and minus_lse.shape[1] == 1:  # the chosen head's alone
+        stride_lh = 0
     return Launch(
         _attend_kernel,
         batch * units * triton.cdiv(q_len, tile.block_m),
@@ -131,6 +133,13 @@ def attend(problem: Problem, value, head, out, lse=None) -> Launch:
         problem.arguments
         | operand("v", "vb vh vn vd", value)
         | operand("out", "ob oh om od", out)
-        | dict(head_ptr=head, lse_ptr=lse, stride_lb=stride_lb, stride_lh=stride_lh, units=units, kv_heads=kv_heads)
+        | dict(
+            head_ptr=head,
+            minus_lse_ptr=minus_lse,
+            stride_lb=stride_lb,
+            stride_lh=stride_lh,
+            units=units,
+            kv_heads=kv_heads,
+        )
         | dict(SHARED=shared, VALUE_DIM=value_dim, VALUE_PAD=value_pad, VALUE_HEADS=value_heads),
     )

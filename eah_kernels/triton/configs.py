@@ -15,6 +15,7 @@ import torch
 class Tile:
     """block_m query rows x block_n keys. value_width: features of the value heads that share one map.
 
+    max_registers: a thread's limit, where it lets one more program be resident; NVIDIA only, 0 for none.
     spills: why registers of this row may spill to memory; empty means that they must not.
     """
 
@@ -23,11 +24,13 @@ class Tile:
     num_warps: int
     num_stages: int
     value_width: int = 0
+    max_registers: int = 0
     spills: str = ""
 
     def options(self) -> dict[str, int]:
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} if self.block_m else {}
-        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return blocks | limit | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
@@ -47,7 +50,11 @@ TILES = {
             "float32": (Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(32, 16, 8, 1, spills=THREE_TF32)),
         },
         "sm_90": {
-            "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
+            "plain": (
+                Tile(128, 128, 8, 3, max_registers=128),
+                Tile(128, 128, 8, 2, max_registers=128),
+                Tile(128, 128, 8, 2),
+            ),
             "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
             "float32": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 1, spills=THREE_TF32)),
         },

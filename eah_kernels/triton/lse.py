@@ -1,7 +1,8 @@
 """Row log-sum-exp of every query head, or of the chosen one: a FlashAttention-2 forward (arXiv 2307.08691) without P V.
 
-Stored in log2 units for q_len rows padded to a multiple of LSE_PAD; +inf in the padding and for rows that see no key,
-so that exp2(score - lse) is 0 there without a test. On the way it zeroes the sink counts that the next pass adds to.
+Stored negated, in log2 units, for q_len rows padded to a multiple of LSE_PAD; -inf in the padding and for rows that see
+no key, so that exp2(score + minus_lse) is 0 there without a test. On the way it zeroes the sink counts that the next
+pass adds to.
 """
 
 import triton
@@ -18,7 +19,7 @@ def _lse_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-    image_ptr, stride_ib, stride_in, head_ptr, count_ptr, lse_ptr, stride_lb, stride_lh,
+    image_ptr, stride_ib, stride_in, head_ptr, count_ptr, minus_lse_ptr, stride_lb, stride_lh,
     batch, heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -29,7 +30,7 @@ def _lse_kernel(
     b = pid % batch
     h = pid // batch % heads
     start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
-    lse_ptr = at(at(lse_ptr, b, stride_lb), h, stride_lh) + start_m
+    minus_lse_ptr = at(at(minus_lse_ptr, b, stride_lb), h, stride_lh) + start_m
     if CHOSEN:
         h = tl.load(head_ptr + b)
         if h < 0:
@@ -75,8 +76,8 @@ def _lse_kernel(
                 shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have seen no key yet
             row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(score - shift[:, None]), 1)
             row_max = new_max
-    lse = tl.where(real & (row_sum != 0), row_max + tl.log2(row_sum), float("inf"))
-    tl.store(lse_ptr + local_m, lse)
+    minus_lse = tl.where(real & (row_sum != 0), -row_max - tl.log2(row_sum), float("-inf"))
+    tl.store(minus_lse_ptr + local_m, minus_lse)
 
 
 def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, head=None) -> Launch:
@@ -92,7 +93,9 @@ def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, head=None) 
         tile,
         problem.arguments
         | image_arguments(image_mask)
-        | dict(head_ptr=head, count_ptr=sink_counts, lse_ptr=out, stride_lb=out.stride(0), stride_lh=out.stride(1))
+        | dict(
+            head_ptr=head, count_ptr=sink_counts, minus_lse_ptr=out, stride_lb=out.stride(0), stride_lh=out.stride(1)
+        )
         | dict(heads=out.shape[1], CHOSEN=head is not None, SKIP_TEXT=sink_counts is not None),
     )
 

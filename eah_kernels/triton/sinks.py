@@ -18,7 +18,7 @@ def _sinks_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-    image_ptr, stride_ib, stride_in, lse_ptr, stride_lb, stride_lh, count_ptr, mean_ptr, threshold,
+    image_ptr, stride_ib, stride_in, minus_lse_ptr, stride_lb, stride_lh, count_ptr, mean_ptr, threshold,
     batch, heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -36,7 +36,7 @@ def _sinks_kernel(
     q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
     k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
     mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
-    lse_ptr = at(at(lse_ptr, b, stride_lb), h, stride_lh)
+    minus_lse_ptr = at(at(minus_lse_ptr, b, stride_lb), h, stride_lh)
 
     k = load_rows(k_ptr, start_n, key < kv_len, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
     k_tail = k
@@ -44,31 +44,42 @@ def _sinks_kernel(
         k_tail = load_rows(k_ptr, start_n, key < kv_len, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
     local_m = tl.arange(0, BLOCK_M)
     offset = kv_len - q_len
+    PLAIN: tl.constexpr = CAUSAL and MASK == NO_MASK and not WINDOW
     first = 0
     last = q_len
     if CAUSAL:
         first = tl.maximum(start_n + 1 - offset, 0) // BLOCK_M * BLOCK_M
     if WINDOW:
         last = tl.minimum(q_len, start_n + BLOCK_N - 1 + window - offset)
+    edge = last
+    if PLAIN:  # from here on every row sees every key of the block, none its own
+        edge = tl.cdiv(tl.maximum(start_n + BLOCK_N - offset, 0), BLOCK_M) * BLOCK_M
 
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     rows = tl.zeros([BLOCK_N], tl.int32)
-    for start_m in range(first, last, BLOCK_M):
-        # A row that does not count enters as zeros and with lse = +inf: whatever it holds, it adds nothing.
-        counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
-        q = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
-        q_tail = q
-        if TAIL > 0:
-            q_tail = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
-        lse = tl.where(counts, tl.load(lse_ptr + start_m + local_m), float("inf"))
-        qk = dot_rows(k, q, k_tail, q_tail, TAIL, PRECISION)  # [BLOCK_N, BLOCK_M]
-        score, visible = score_tile(
-            qk, start_m, local_m[None, :], start_n, local_n[:, None], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-            scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, True, False,
-        )  # fmt: skip
-        mass += tl.exp2(score - lse[None, :])
-        if MASK != NO_MASK:
-            rows += tl.sum((visible & counts[None, :]).to(tl.int32), 1)
+    for PHASE in tl.static_range(2 if PLAIN else 1):
+        for start_m in range(edge if PHASE else first, last if PHASE else tl.minimum(edge, last), BLOCK_M):
+            start_m = tl.multiple_of(start_m, BLOCK_M)
+            # A row that does not count enters as zeros and with lse = +inf: whatever it holds, it adds nothing.
+            if PLAIN:
+                counts = start_m + local_m < q_len
+            else:
+                counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
+            q = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
+            q_tail = q
+            if TAIL > 0:
+                q_tail = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+            minus_lse = tl.load(minus_lse_ptr + start_m + local_m)
+            if not PLAIN:
+                minus_lse = tl.where(counts, minus_lse, float("-inf"))
+            qk = dot_rows(k, q, k_tail, q_tail, TAIL, PRECISION)  # [BLOCK_N, BLOCK_M]
+            score, visible = score_tile(
+                qk, start_m, local_m[None, :], start_n, local_n[:, None], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
+                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, PHASE == 0, False,
+            )  # fmt: skip
+            mass += tl.exp2(score + minus_lse[None, :])
+            if MASK != NO_MASK:
+                rows += tl.sum((visible & counts[None, :]).to(tl.int32), 1)
     if MASK == NO_MASK:  # every row counts: those that see the key, without its own
         lowest = tl.maximum(offset, 0)
         highest = kv_len - 1
@@ -103,7 +114,7 @@ def _select_kernel(
     tl.store(head_ptr + b, tl.where((most > 0) & (density >= min_density), head, -1))
 
 
-def sinks(problem: Problem, image_mask, lse, threshold, sink_counts, column_mean=None) -> Launch:
+def sinks(problem: Problem, image_mask, minus_lse, threshold, sink_counts, column_mean=None) -> Launch:
     """Adds each head's sinks to sink_counts (B, Hq); writes column_mean (B, Hq, Skv) at image tokens, if given."""
     tile = problem.tile("sinks")
     batch, heads, _, _ = problem.query.shape
@@ -113,7 +124,9 @@ def sinks(problem: Problem, image_mask, lse, threshold, sink_counts, column_mean
         tile,
         problem.arguments
         | image_arguments(image_mask)
-        | dict(lse_ptr=lse, stride_lb=lse.stride(0), stride_lh=lse.stride(1), count_ptr=sink_counts)
+        | dict(
+            minus_lse_ptr=minus_lse, stride_lb=minus_lse.stride(0), stride_lh=minus_lse.stride(1), count_ptr=sink_counts
+        )
         | dict(mean_ptr=column_mean, WANT_MEAN=column_mean is not None, threshold=threshold, heads=heads),
     )
 
