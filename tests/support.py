@@ -158,13 +158,13 @@ def exact(inputs: Inputs, threshold: float | None = None):
 def assert_close(out: Tensor, ref: Tensor, plain: Tensor) -> None:
     """FlashAttention's rule: at most twice the error of the same-dtype eager form, plus twice the rounding near ref.
 
-    Three times in float32, where the kernels' one rounding more, that of the stored log-sum-exp, is no longer small
-    beside the rounding of the operands. In float64 ref is itself the eager form: a plain tolerance.
+    Five times in float32, where no rounding of operands hides that the kernels round scores in two passes, the
+    log-sum-exp between them, and the eager form in one. In float64 ref is itself the eager form: a plain tolerance.
     """
     if plain.dtype == torch.float64:
         torch.testing.assert_close(out, ref, rtol=1e-10, atol=1e-12)
         return
-    factor = 3 if plain.dtype == torch.float32 else 2
+    factor = 5 if plain.dtype == torch.float32 else 2
     assert out.shape == ref.shape and out.dtype == plain.dtype
     rounded = ref.to(plain.dtype)
     rounding = ((rounded + 0.3 - 0.3).double() - rounded.double()).abs()

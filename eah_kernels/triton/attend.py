@@ -115,7 +115,7 @@ def _attend_kernel(
 
 
 def attend(problem: Problem, value, head, out, minus_lse=None) -> Launch:
-    """Writes out (B, Hq, Sq, Dv): with minus_lse, the batch rows whose head is chosen; without, those whose head is -1."""
+    """Writes out (B, Hq, Sq, Dv): with minus_lse, batch rows whose head is chosen; without, those whose head is -1."""
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
     shared = minus_lse is not None
