@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import eah
+from eah.models import FAMILIES as FAMILY_ROWS
 from tiny_models import FAMILIES, IMAGE, TEXT, Oracle, attention_of, build, one_thread, prompt  # noqa: F401
 
 transformers = pytest.importorskip("transformers")
@@ -216,25 +217,32 @@ def test_models_without_an_image_token():
         eah.enable(build("llava").get_decoder())
 
 
-def test_families_not_in_the_table():
-    config = transformers.LlavaNextConfig(
-        vision_config=build("llava").config.vision_config, text_config=transformers.LlamaConfig(**TEXT)
-    )
-    model = transformers.LlavaNextForConditionalGeneration(config)
-    with pytest.raises(
-        eah.UnsupportedModelError, match=r"'llava_next'\) is not a supported family; supported: internvl"
-    ):
-        eah.enable(model)
+def test_a_family_that_is_not_in_the_table(monkeypatch):
+    """It works by the general rule, on the mask that arrives, and the report says that it is untested."""
+    monkeypatch.delitem(FAMILY_ROWS, "llava")
+    model, inputs = build("llava"), prompt("llava", ROWS)
+    oracle = Oracle(model, inputs["input_ids"] == IMAGE)
+    oracle.tune(inputs)
+    real = inputs["attention_mask"].bool()
+    with eah.enable(model, threshold=oracle.threshold) as handle:
+        torch.testing.assert_close(logits(model, **inputs)[real], oracle(**inputs)[real], rtol=1e-4, atol=1e-4)
+    report = handle.report()
+    assert report.layers[0].rows and len(report.notes) == 1
+    assert "LlavaForConditionalGeneration (model_type 'llava') is of no family that was tested" in str(report)
 
 
 def test_layers_without_an_attention_map():
+    """The default moves to the first layer with a map; a layer that was named does not."""
     convolutional = {"layer_types": ["conv", "conv", "full_attention"], "decoder": "Lfm2Config"}
     model = build("llava", layers=(), **convolutional)
     with pytest.raises(eah.UnsupportedModelError, match=r"layer 1 of .* no attention map .* first usable layer is 2"):
-        eah.enable(model)
-    with eah.enable(model, layers=(2,), threshold=0.0) as handle:
+        eah.enable(model, layers=(1,))
+    with eah.enable(model, threshold=0.0) as handle:
         logits(model, **prompt("llava", ROWS))
-    assert handle.report().layers[0].rows
+    assert handle.report().layers[0].layer == 2 and handle.report().layers[0].rows
+    assert handle.report().notes == ("layer 1 has no attention map: layer 2, the first usable one, was taken",)
+    with eah.enable(model, layers=(2,)) as handle:
+        assert handle.report().notes == ()
     with pytest.raises(eah.UnsupportedModelError, match="no layer of it has one"):
         eah.enable(build("llava", layers=(), decoder="Lfm2Config", layer_types=["conv"] * 3))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from eah.image_tokens import ImageTokens
-from eah.models import UnsupportedModelError, attention_modules, image_token_ids
+from eah.inner_generate import InnerGenerate
+from eah.models import Family, UnsupportedModelError, attention_modules, family_of, image_token_ids, named
 from eah.report import LayerReport, Report, RowReport, layer_report
 from eah.swap import Settings, SwappedLayer, register
 from eah_kernels import eah_attention
@@ -15,24 +17,35 @@ from eah_kernels import eah_attention
 __all__ = ["Handle", "LayerReport", "Report", "RowReport", "UnsupportedModelError", "enable"]
 
 
+class DefaultLayers(tuple):
+    """The layers when none are named. Only these may be moved to the first usable layer."""
+
+
+DEFAULT_LAYERS = DefaultLayers((1,))
+
+
 def enable(
     model,
-    layers: Sequence[int] = (1,),
+    layers: Sequence[int] = DEFAULT_LAYERS,
     threshold: float = 0.002,
     min_density: float = 0.0,
     decode: str = "off",
     backend: str = "auto",
+    video: bool = True,
 ) -> Handle:
     """Lets the head with the most vision sinks lend its attention map to its whole layer, at every prefill.
 
     Args:
-        model: a `transformers.PreTrainedModel` of a supported family (LLaVA, Qwen2.5-VL, InternVL), with or without a
-            head on top. Not a wrapper of it.
-        layers: decoder layers, 0-based; the paper's "layer two" is 1.
+        model: a `transformers.PreTrainedModel`, with or without a head on top; not a wrapper of it. `eah models` lists
+            the families that were tested. Another family with an image token works by the same rule, and its report
+            says that it is untested.
+        layers: decoder layers, 0-based; the paper's "layer two" is 1. When none are named and layer 1 has no attention
+            map (linear attention, convolutions), the first layer after it that has one, and the report says so.
         threshold: mean attention above which an image token is a sink of a head, >= 0.
         min_density: no head lends its map below this many sinks per image token, 0..1.
         decode: what single-token steps do; "off" leaves them to the model's own attention.
         backend: as in `eah_kernels.eah_attention`.
+        video: count the placeholder tokens of videos as image tokens, in families that have them.
 
     Returns:
         A `Handle`, also a context manager whose exit restores the model.
@@ -57,26 +70,45 @@ def enable(
     if decode != "off":
         raise ValueError(f'decode must be "off", got {decode!r}')
     _check_knobs(model, threshold, min_density, backend)
-    token_ids = image_token_ids(model)
-    modules = attention_modules(model, layers)
+    family = family_of(model)
+    token_ids = image_token_ids(model, family or Family(), video)
+    modules = attention_modules(model, layers, may_move=isinstance(layers, DefaultLayers))
+    notes = _notes(model, family, layers, tuple(module.layer_idx for module in modules))
 
     register()
-    swapped = tuple(SwappedLayer(module, Settings(threshold, min_density, backend)) for module in modules)
-    hook = EnabledModel(token_ids, swapped)
-    hook.removal = model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    for layer in swapped:
-        layer.attach()
+    settings = Settings(threshold, min_density, backend, tested=family is not None)
+    swapped = tuple(SwappedLayer(module, settings) for module in modules)
+    hook = EnabledModel(model, family or Family(), token_ids, swapped, notes)
+    hook.attach()
     return Handle(hook)
 
 
 class EnabledModel(ImageTokens):
     """The hook on an enabled model's base model, and all that undoing takes; copied and pickled with the model."""
 
-    removal: torch.utils.hooks.RemovableHandle
-
-    def __init__(self, token_ids: tuple[int, ...], layers: tuple[SwappedLayer, ...]):
-        super().__init__(token_ids, layers[0].index)
+    def __init__(self, model, family: Family, token_ids, layers: tuple[SwappedLayer, ...], notes: tuple[str, ...]):
+        super().__init__(token_ids, family.position_mask, layers[0].index)
         self.layers = layers
+        self.notes = notes
+        self.inner_generate = InnerGenerate(model, family.inner_generate, self) if family.inner_generate else None
+        self.base = model.base_model
+        self.removals: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self) -> None:
+        hooked = [self.base]
+        if self.inner_generate:
+            hooked.append(self.inner_generate.attach())
+        self.removals = [module.register_forward_pre_hook(self, with_kwargs=True) for module in hooked]
+        for layer in self.layers:
+            layer.attach()
+
+    def detach(self) -> None:
+        for removal in self.removals:
+            removal.remove()
+        if self.inner_generate:
+            self.inner_generate.detach()
+        for layer in self.layers:
+            layer.detach()
 
 
 class Handle:
@@ -100,14 +132,31 @@ class Handle:
     def report(self) -> Report:
         """What the last prefill did in each layer, or why EAH stood aside. Waits for the device."""
         layers = self._enabled.layers
-        return Report(tuple(layer_report(layer.index, layer.record, layer.settings.min_density) for layer in layers))
+        reports = tuple(layer_report(layer.index, layer.record, layer.settings.min_density) for layer in layers)
+        return Report(reports, self._enabled.notes)
+
+    def image_mask(self, mask: torch.Tensor) -> AbstractContextManager[None]:
+        """Within `with handle.image_mask(mask):` the prompt's image tokens are those that `mask` marks.
+
+        For a prompt given as embeddings into which the image features were merged already, or to choose among the
+        image tokens. It holds for the calls of this thread only.
+
+        Args:
+            mask: (B, S) bool, S the length of the prompt with its padding, B its rows or a divisor of them.
+
+        Raises:
+            TypeError, ValueError: mask is not that; the second also from a forward that it does not fit.
+        """
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a torch.bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.dim() != 2 or mask.shape[0] == 0:
+            raise ValueError(f"mask must be (B, S) with B >= 1, got {tuple(mask.shape)}")
+        return self._enabled.given(mask)
 
     def disable(self) -> None:
         """Restores the model as it was; a second call does nothing. The report stays readable."""
         if self._enabled.layers[0].attached:
-            self._enabled.removal.remove()
-            for layer in self._enabled.layers:
-                layer.detach()
+            self._enabled.detach()
 
     def __enter__(self) -> Handle:
         return self
@@ -127,7 +176,16 @@ def _checked_layers(layers) -> tuple[int, ...]:
         raise TypeError(f"{accepted}, got {layers!r}")
     if len(layers) == 0 or len(set(layers)) < len(layers):
         raise ValueError(f"{accepted}, got {layers!r}")
-    return tuple(layers)
+    return layers if isinstance(layers, DefaultLayers) else tuple(layers)
+
+
+def _notes(model, family: Family | None, asked: tuple[int, ...], used: tuple[int, ...]) -> tuple[str, ...]:
+    notes = []
+    if family is None:
+        notes.append(f"{named(model)} is of no family that was tested (eah models): the general rule was applied")
+    if used != asked:
+        notes.append(f"layer {asked[0]} has no attention map: layer {used[0]}, the first usable one, was taken")
+    return tuple(notes)
 
 
 def _check_knobs(model, threshold, min_density, backend) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from typing import NamedTuple
 
 import torch
@@ -14,6 +18,7 @@ CACHED = "tokens were in the cache before this forward (a second turn, a chunk o
 PACKED = "the position_ids restart within a row: several packed sequences"
 UNREADABLE_CACHE = "whether the cache is empty cannot be read while compiling or capturing"
 UNREADABLE_POSITIONS = "position_ids without an attention_mask cannot be read for packing while compiling or capturing"
+UNREADABLE_MASK = "an image mask that was given (handle.image_mask) cannot be read while compiling"
 
 
 class Prefill(NamedTuple):
@@ -29,39 +34,69 @@ class Prefill(NamedTuple):
 class ImageTokens:
     """Forward pre-hook (with kwargs) of the base model: adds a `Prefill` to the keyword arguments of its layers.
 
-    Holds no state of a call, so that threads may share the model.
+    Threads may share the model: what a call needs travels with the call, and a given mask belongs to a thread.
     """
 
-    def __init__(self, token_ids: tuple[int, ...], layer: int):
+    def __init__(self, token_ids: tuple[int, ...], position_mask: str | None, layer: int):
         self.token_ids = token_ids
+        self.position_mask = position_mask
         self.layer = layer
+        self.given_masks: dict[int, Tensor] = {}  # by thread
 
     def __call__(self, base, args, kwargs):
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if PREFILL in kwargs:  # an outer model's hook came first
+            return None
+        ids_by_position = len(args) == 1 and _first_argument(base) == "input_ids"
+        input_ids = args[0] if ids_by_position else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if args and not ids_by_position:
+            return args, {**kwargs, PREFILL: Prefill(stand_aside=BY_POSITION)}
         if tokens is None or tokens.shape[1] <= 1:
             return None
-        by_name = len(args) <= 1
-        prefill = self.describe(base, input_ids, tokens, kwargs) if by_name else Prefill(stand_aside=BY_POSITION)
-        return args, {**kwargs, PREFILL: prefill}
+        return args, {**kwargs, PREFILL: self.describe(base, input_ids, tokens, kwargs)}
+
+    @contextmanager
+    def given(self, mask: Tensor) -> Iterator[None]:
+        """Within it, in this thread, `mask` (B, S) bool says where the image tokens are."""
+        thread = get_ident()
+        before = self.given_masks.get(thread)
+        self.given_masks[thread] = mask
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.given_masks[thread]
+            else:
+                self.given_masks[thread] = before
 
     def describe(self, base, input_ids, tokens, kwargs) -> Prefill:
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         reason = _why_not_empty(cache, self.layer)
         if reason is None and mask is None and cache is None:
             reason = _why_not_one_sequence(kwargs.get("position_ids"))
+        if reason is None and self.given_masks and torch.compiler.is_compiling():
+            reason = UNREADABLE_MASK
         if reason is not None:
             return Prefill(stand_aside=reason)
         padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         return Prefill(
-            image_mask=self.find(base, input_ids, tokens),
+            image_mask=self.find(base, input_ids, tokens, kwargs),
             padding_mask=padding,
             own_mask=mask is not None and padding is None,
             has_cache=cache is not None,
         )
 
-    def find(self, base, input_ids, tokens) -> Tensor:
-        """(B, S) bool. Without ids, the embeddings that equal a placeholder's, as the models themselves find them."""
+    def find(self, base, input_ids, tokens, kwargs) -> Tensor:
+        """(B, S) bool: the mask that was given, else the placeholder tokens.
+
+        Without ids, the embeddings that equal a placeholder's, as the models themselves find them.
+        """
+        given = self.given_masks.get(get_ident()) if self.given_masks else None
+        if given is not None:
+            return _fitted(given.to(tokens.device), *tokens.shape[:2])
+        if self.position_mask is not None:
+            mask = kwargs.get(self.position_mask)
+            return tokens.new_zeros(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         found = None
         for token in self.token_ids:
             if input_ids is not None:
@@ -72,6 +107,19 @@ class ImageTokens:
                 here = (tokens == placeholder).all(-1)
             found = here if found is None else found | here
         return found
+
+
+def _fitted(mask: Tensor, batch: int, length: int) -> Tensor:
+    """The given mask for a forward whose rows are repeated (beams) or continued (generation without a cache)."""
+    rows, columns = mask.shape
+    if batch % rows or columns > length:
+        called = f"the model was called with {batch} x {length} tokens"
+        raise ValueError(f"the image mask given is {rows} x {columns}; {called}")
+    return torch.nn.functional.pad(mask.repeat_interleave(batch // rows, 0), (0, length - columns))
+
+
+def _first_argument(base) -> str:
+    return list(inspect.signature(type(base).forward).parameters)[1]
 
 
 def _why_not_empty(cache, layer: int) -> str | None:

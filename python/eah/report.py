@@ -60,12 +60,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The last prefill, layer by layer; `str()` is a table."""
+    """The last prefill, layer by layer; `str()` is a table. `notes`: what to know about this model."""
 
     layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.layers))
+        return "\n".join([*map(str, self.layers), *(f"note: {note}" for note in self.notes)])
 
 
 def layer_report(layer: int, record: Record | None, min_density: float) -> LayerReport:

@@ -45,6 +45,7 @@ class Settings(NamedTuple):
     threshold: float
     min_density: float
     backend: str
+    tested: bool  # the model is of a known family
 
 
 class SwappedLayer:
@@ -190,7 +191,7 @@ def what_arrived(layer, implementation, query, key, value, attention_mask, prefi
         is_causal = kwargs.get("is_causal")
         is_causal = getattr(layer.module, "is_causal", True) if is_causal is None else is_causal
         return Call(key, value, image_mask, None, implementation == "sdpa" and bool(is_causal))
-    if _plain_causal(layer.config, kwargs) and not prefill.own_mask:
+    if layer.settings.tested and _plain_causal(layer.config, kwargs) and not prefill.own_mask:
         padding = prefill.padding_mask
         if padding is None or tuple(padding.shape) == tuple(image_mask.shape):
             return Call(key, value, image_mask, None if padding is None else padding.to(query.device), True)
