@@ -1,4 +1,4 @@
-"""A tiny random model of every family: its Config classes filled with the smallest numbers that fit, and its prompts."""
+"""A tiny random model of every family: its Config classes filled with the smallest numbers that fit; and prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def build(family: str, attn: str | None = None):
     sub = dict(text) if row.flat else {"text_config": text}
     if row.vision and row.vision is not TIMM:
         sub["vision_config"] = dict(row.vision)
-    config = getattr(hf, row.config)(**{**sub, **row.ids, **row.top})
+    kind = getattr(hf, row.config)
+    ids = {name: token for name, token in row.ids.items() if hasattr(kind, name) or name in kind.attribute_map}
+    config = kind(**{**sub, **ids, **row.top})
     if row.vision is TIMM:  # the tower is one of timm, which is not installed: another takes its place
         config.__dict__["vision_config"] = hf.SiglipVisionConfig(**TIMM)
     config._attn_implementation = attn or row.attn

@@ -32,7 +32,7 @@ from family_parts import (
     sized_pixels,
 )
 from family_rows_llava import LIKE_LLAVA
-from tiny_models import IMAGE, VIDEO
+from tiny_models import IMAGE, VIDEO, VISION_START
 
 FAMILIES = {
     **LIKE_LLAVA,
@@ -42,6 +42,7 @@ FAMILIES = {
         "Qwen2_5OmniThinker",
         top={
             "image_token_index": IMAGE,
+            "vision_start_token_id": VISION_START,
             "video_token_index": VIDEO,
             "audio_token_index": AUDIO,
             "audio_config": {
@@ -239,6 +240,25 @@ FAMILIES = {
         vision={**SQUARE},
         top={"num_query_tokens": 9, "qformer_config": QFORMER, "image_token_index": IMAGE},
         seed=1,
+    ),
+    "minimax_m3_vl": Tiny(
+        "MiniMaxM3VLConfig",
+        "MiniMaxM3SparseForConditionalGeneration",
+        text={
+            "head_dim": 8,
+            "rotary_dim": 8,
+            "dense_intermediate_size": 16,
+            "shared_intermediate_size": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "layer_types": ["full_attention", "full_attention", "minimax_m3_sparse"],
+            "mlp_layer_types": ["dense"] * 3,
+        },
+        vision={**TINY_VIT, "image_size": 12, "patch_size": 2},
+        top={"projector_hidden_size": 32},
+        pixels=patch_pixels,
     ),
     "kosmos-2": Tiny(
         "Kosmos2Config",
