@@ -68,6 +68,7 @@ def eah_attention(
         min_density: a fraction of the row's image tokens, 0..1.
         attention_mask: None; (B, Skv) bool, True = real key; (B|1, 1|Hq, Sq, Skv) bool, True = visible; or that shape
             in a floating dtype, added to the scaled, soft-capped score: an entry <= finfo(dtype).min / 2 hides the key.
+            float64 is read as float32 unless query is float64.
         causal: hide the keys after row i's own position i + Skv - Sq; combined with attention_mask.
         scale: multiplies q . k; default 1 / sqrt(D).
         sliding_window: hide the keys at own position - sliding_window and before; >= 1.
@@ -92,12 +93,11 @@ def eah_attention(
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         counts = query.new_zeros(query.shape[:2], dtype=torch.int32)
         return EAHResult(ops.empty_output(query, value).zero_(), counts.new_full(query.shape[:1], -1), counts)
-    if backend == "reference":
-        dtype = _reference_dtype(query)
-        return EAHResult(
-            *reference.eah_attention(query, key, value, image_mask, threshold, min_density, scoring, dtype)
-        )
-    return EAHResult(*ops.eah_attention(query, key, value, image_mask, threshold, min_density, *scoring, backend))
+    arguments = query, key, value, image_mask, threshold, min_density
+    with _exact(query):
+        if backend == "reference":
+            return EAHResult(*reference.eah_attention(*arguments, scoring, _reference_dtype(query)))
+        return EAHResult(*ops.eah_attention(*arguments, *scoring, backend))
 
 
 def sink_statistics(
@@ -131,13 +131,14 @@ def sink_statistics(
         lse = query.new_full((batch, heads, q_len), -math.inf, dtype=torch.float32)
         mean = query.new_zeros(batch, heads, key.shape[2], dtype=torch.float32)
     elif backend == "reference":
-        dtype = _reference_dtype(query)
-        counts, lse, mean = reference.sink_statistics(query, key, image_mask, threshold, scoring, dtype)
+        with _exact(query):
+            dtype = _reference_dtype(query)
+            counts, lse, mean = reference.sink_statistics(query, key, image_mask, threshold, scoring, dtype)
         lse, mean = lse.float(), mean.float()
     else:
-        counts, lse, mean = ops.sink_statistics(
-            query, key, image_mask, threshold, return_column_mean, *scoring, backend
-        )
+        with _exact(query):
+            arguments = query, key, image_mask, threshold, return_column_mean
+            counts, lse, mean = ops.sink_statistics(*arguments, *scoring, backend)
     return SinkStatistics(counts, lse, mean if return_column_mean else None)
 
 
@@ -193,9 +194,10 @@ def shared_map_attention(
     backend = choose_backend(backend, query)
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         return ops.empty_output(query, value).zero_()
-    if backend == "reference":
-        return reference.shared_map_attention(query, key, value, head, scoring, _reference_dtype(query))
-    return ops.shared_map_attention(query, key, value, head, *scoring, backend)
+    with _exact(query):
+        if backend == "reference":
+            return reference.shared_map_attention(query, key, value, head, scoring, _reference_dtype(query))
+        return ops.shared_map_attention(query, key, value, head, *scoring, backend)
 
 
 def choose_backend(backend: str, query: Tensor) -> str:
@@ -225,13 +227,19 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the package triton is not installed"
     if dtype == torch.float64:
         return "float64 has no Triton kernel; accepted are float16, bfloat16 and float32"
-    if device.type == "cuda":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" and not interpreted:
         return None
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not interpreted:
         return f"it needs a CUDA or ROCm device, or TRITON_INTERPRET=1 for CPU tensors; the tensors are on {device}"
     if dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly; accepted there are float16 and float32"
     return None
+
+
+def _exact(query: Tensor) -> torch.autocast:
+    """Scores are float32 under autocast, too."""
+    return torch.autocast(query.device.type, enabled=False)
 
 
 def _reference_dtype(query: Tensor) -> torch.dtype:
@@ -261,6 +269,10 @@ def _check(query, key, attention_mask, causal, scale, sliding_window, softcap) -
         raise ValueError(f"sliding_window must be None or an int >= 1, got {sliding_window!r}")
     if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
         raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
+    if sliding_window is not None and sliding_window >= kv_len:
+        sliding_window = None
+    if attention_mask is not None and attention_mask.dtype == torch.float64 != query.dtype:
+        attention_mask = attention_mask.float()
     if scale is None:
         scale = head_dim**-0.5
     elif not (_is_number(scale) and math.isfinite(scale)):
@@ -273,8 +285,8 @@ def _check_value(query: Tensor, key: Tensor, value: Tensor) -> None:
     _check_key_or_value("value", value, query)
     if value.shape[1:3] != key.shape[1:3]:
         raise ValueError(f"value must have key's heads and length {tuple(key.shape[1:3])}, got {_describe(value)}")
-    if value.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(f"value's head dim must be at most {MAX_HEAD_DIM}, got {value.shape[-1]}")
+    if not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"value's head dim must be 1..{MAX_HEAD_DIM}, got {value.shape[-1]}")
 
 
 def _check_key_or_value(name: str, tensor: Tensor, query: Tensor) -> None:

@@ -51,7 +51,7 @@ def sink_statistics(query, key, image_mask, threshold, scoring: Scoring, dtype=t
 def select_head(sink_counts: Tensor, image_mask: Tensor, min_density: float) -> Tensor:
     """h* = argmax_h N_h, lowest index on a tie; -1 without a sink, without an image, or below `min_density`. (B,)."""
     count, head = sink_counts.max(-1)
-    density = count / image_mask.sum(-1).clamp(min=1)
+    density = count.float() / image_mask.sum(-1).clamp(min=1).float()
     chosen = (count > 0) & (density >= min_density)
     return torch.where(chosen, head, -1).int()
 

@@ -15,8 +15,9 @@ from eah_kernels.masks import Scoring
 class Case:
     """One layer's attention. `image`: first, middle, last, scattered, all, or absent (in batch row 0).
 
-    `mask`: None; left or right (2-D padding); bool, bool_heads, bias, bias_min (finfo.min hides), bias_rows (whole rows
-    hidden). `layout`: bhsd, bshd (transformers'), sliced (last dim strided) or expanded (one KV head for all).
+    `mask`: None; left or right (2-D padding); bool, bool_heads, bool_all (one for the batch), bias, bias_heads, bias_min
+    (finfo.min hides), bias_rows (whole rows hidden); `mask_dtype`: of a bias, where it is not query's. `layout`: bhsd,
+    bshd (transformers'), sliced (last dim strided) or expanded (one KV head for all).
     """
 
     q_len: int = 63
@@ -28,6 +29,7 @@ class Case:
     value_dim: int | None = None
     image: str = "middle"
     mask: str | None = None
+    mask_dtype: torch.dtype | None = None
     causal: bool = True
     sliding_window: int | None = None
     softcap: float | None = None
@@ -56,7 +58,7 @@ class Inputs:
 
     @property
     def scoring(self) -> Scoring:
-        scale = self.rules["scale"] or self.query.shape[-1] ** -0.5
+        scale = self.query.shape[-1] ** -0.5 if self.rules["scale"] is None else self.rules["scale"]
         return Scoring(self.attention_mask, **{**self.rules, "scale": scale})
 
     def widened(self) -> Inputs:
@@ -86,7 +88,7 @@ def make(case: Case, dtype=torch.float32, device="cpu", seed=0) -> Inputs:
     if case.layout == "expanded":
         query = query * torch.linspace(0.5, 1.5, case.heads, device=device, dtype=dtype)[:, None, None]
     image_mask = make_image(case, kv_len, generator).to(device)
-    mask = make_mask(case, kv_len, generator, dtype)
+    mask = make_mask(case, kv_len, generator, case.mask_dtype or dtype)
     return Inputs(query, key, value, image_mask, None if mask is None else mask.to(device), case.rules)
 
 
@@ -121,12 +123,12 @@ def make_mask(case: Case, kv_len: int, generator, dtype) -> Tensor | None:
         return key >= pad[:, None]
     if case.mask == "right":
         return key < kv_len - pad[:, None]
-    heads = case.heads if case.mask == "bool_heads" else 1
-    shape = (case.batch, heads, case.q_len, kv_len)
+    heads = case.heads if case.mask.endswith("heads") else 1
+    shape = (1 if case.mask == "bool_all" else case.batch, heads, case.q_len, kv_len)
     shown = torch.rand(shape, generator=generator) < 0.7
     if case.mask == "bias_rows":
         shown[:, :, case.q_len // 3 : case.q_len // 2] = False
-    if case.mask in ("bool", "bool_heads"):
+    if case.mask.startswith("bool"):
         return shown
     bias = torch.randn(shape, generator=generator).to(dtype)
     return bias.masked_fill(~shown, torch.finfo(dtype).min if case.mask == "bias_min" else -torch.inf)

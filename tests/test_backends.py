@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from support import Case, check
+from eah_kernels import eah_attention
+from support import Case, check, exact, make
 
 SHAPES = [
     Case(q_len=1),
@@ -36,6 +37,12 @@ MASKS = [
     Case(mask="bias", q_len=113),
     Case(mask="bias_min", softcap=10.0, causal=False),
     Case(mask="bias_rows", sliding_window=20, heads=7, kv_heads=1),
+    Case(mask="bool_all", q_len=40, kv_len=70),
+    Case(mask="bias_heads", mask_dtype=torch.float64),
+    Case(mask="bias", mask_dtype=torch.float16, q_len=70, kv_len=40, causal=False, sliding_window=30),
+    Case(softcap=30.0, peak=0.7),
+    Case(softcap=1000.0, peak=0.7, mask="left"),
+    Case(sliding_window=2**31 - 1),
     Case(causal=False),
     Case(causal=False, sliding_window=16, q_len=113),
     Case(sliding_window=1),
@@ -59,6 +66,43 @@ def test_float32(case, backend, kernel_device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_float16(case, backend, kernel_device):
     check(case, backend, torch.float16, kernel_device)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_density_gate(backend, kernel_device):
+    """Image tokens at hidden keys count in the density's denominator."""
+    inputs = make(Case(mask="left", q_len=70), device=kernel_device)
+    options = dict(threshold=exact(inputs)[-1], attention_mask=inputs.attention_mask, backend=backend)
+    tensors = inputs.query, inputs.key, inputs.value, inputs.image_mask
+    hidden = inputs.image_mask & ~inputs.attention_mask
+    assert hidden.any()
+    open_gate = eah_attention(*tensors, **options)
+    most, image_tokens = open_gate.sink_counts.max(-1).values, inputs.image_mask.sum(-1)
+    for row in range(2):
+        density = (most[row] / image_tokens[row]).item()
+        assert eah_attention(*tensors, min_density=density * 0.999, **options).head[row] == open_gate.head[row] >= 0
+        assert eah_attention(*tensors, min_density=density * 1.001, **options).head[row] == -1
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_threshold_zero_and_scale_zero(backend, kernel_device):
+    """Every image token that another row sees is a sink of every head: head 0."""
+    inputs = make(Case(q_len=20, image="all"), device=kernel_device)
+    tensors = inputs.query, inputs.key, inputs.value, inputs.image_mask
+    result = eah_attention(*tensors, threshold=0.0, scale=0.0, backend=backend)
+    assert result.sink_counts.eq(19).all() and result.head.eq(0).all()
+    uniform = torch.ones(20, 20, device=kernel_device).tril()
+    torch.testing.assert_close(result.output, (uniform / uniform.sum(-1, keepdim=True)) @ inputs.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_autocast_changes_nothing(backend, kernel_device):
+    inputs = make(Case(q_len=40), device=kernel_device)
+    tensors = inputs.query, inputs.key, inputs.value, inputs.image_mask
+    expected = eah_attention(*tensors, threshold=0.03, backend=backend)
+    with torch.autocast(kernel_device, dtype=torch.bfloat16):
+        result = eah_attention(*tensors, threshold=0.03, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("case", [*SHAPES[2:8], *MASKS[::3]], ids=str)

@@ -44,6 +44,7 @@ BAD = [
     ("value", ValueError, dict(value=floats(B, 2, S + 1, D))),
     ("value", ValueError, dict(value=floats(B, 4, S, D))),
     ("value", ValueError, dict(value=floats(B, 2, S, 257))),
+    ("value", ValueError, dict(value=floats(B, 2, S, 0))),
     ("value", TypeError, dict(value=floats(B, 2, S, D, dtype=torch.bfloat16))),
     ("value", TypeError, dict(value=None)),
     ("image_mask", TypeError, dict(image_mask=torch.ones(B, S))),

@@ -11,8 +11,8 @@ Otherwise (head -1), the layer's ordinary attention: a FlashAttention-2 forward 
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, operand
-from eah_kernels.triton.primitives import KEY_MASK, NO_MASK, at, dot_rows, key_range, load_rows, score_tile
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, operand
+from eah_kernels.triton.primitives import KEY_MASK, NO_MASK, at, dot_rows, key_range, load_rows, score_tile, shown_keys
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -74,8 +74,10 @@ def _attend_kernel(
     first, edge, last = key_range(start_m, q_len, kv_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     for EDGE in tl.static_range(2):
         for start_n in range(edge if EDGE else first, last if EDGE else edge, BLOCK_N):
+            start_n = tl.multiple_of(start_n, BLOCK_N)
             key = start_n + local_n
             keep = key < (kv_len if EDGE else start_n + BLOCK_N)
+            keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK)
             k = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
             k_tail = k
             if TAIL > 0:
@@ -99,8 +101,6 @@ def _attend_kernel(
             seen = keep
             if WINDOW:
                 seen = seen & (key > start_m + (kv_len - q_len) - window)
-            if MASK == KEY_MASK:
-                seen = seen & (tl.load(at(mask_ptr, start_n, stride_mn) + local_n * stride_mn, mask=keep, other=0) != 0)
             v_tile = at(v_ptr, start_n, stride_vn) + local_n[:, None] * stride_vn + v_column[None, :]
             v = tl.load(v_tile, mask=seen[:, None] & exists[None, :], other=0.0)  # [BLOCK_N, VALUE_HEADS * VALUE_PAD]
             if MASK != NO_MASK and MASK != KEY_MASK:
@@ -116,6 +116,7 @@ def _attend_kernel(
 
 def attend(problem: Problem, value, head, out, minus_lse=None) -> Launch:
     """Writes out (B, Hq, Sq, Dv): with minus_lse, batch rows whose head is chosen; without, those whose head is -1."""
+    value = narrow(value)
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
     shared = minus_lse is not None

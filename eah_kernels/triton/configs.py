@@ -60,7 +60,7 @@ TILES = {
         },
         "sm_100": {
             "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
-            "masked": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+            "masked": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
             "float32": (Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1, spills=THREE_TF32)),
         },
         "gfx942": {
@@ -72,13 +72,21 @@ TILES = {
     "sinks": {
         "sm_80": {
             "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
-            "masked": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 2)),
-            "float32": (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1), Tile(16, 64, 8, 1, spills=THREE_TF32)),
+            "masked": (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+            "float32": (
+                Tile(16, 64, 4, 1),
+                Tile(16, 32, 4, 1, spills=THREE_TF32),
+                Tile(16, 64, 8, 1, spills=THREE_TF32),
+            ),
         },
         "sm_89": {
             "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 2)),
-            "masked": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
-            "float32": (Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 8, 1, spills=THREE_TF32)),
+            "masked": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+            "float32": (
+                Tile(16, 64, 4, 1),
+                Tile(16, 64, 4, 1, spills=THREE_TF32),
+                Tile(16, 32, 8, 1, spills=THREE_TF32),
+            ),
         },
         "sm_90": {
             "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),

@@ -15,7 +15,7 @@ from eah_kernels.triton.configs import Tile, find_tile
 from eah_kernels.triton.primitives import BIAS_MASK, BOOL_MASK, KEY_MASK, NO_MASK
 
 LOG2E = math.log2(math.e)
-LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: a new prompt length compiles nothing
+LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
 
 
 class Launch(NamedTuple):
@@ -41,20 +41,22 @@ class Problem:
         if mask is None:
             mask = query.new_empty(1, 1, 1, 1)  # never read
         elif mask.dim() == 2:
-            mask, self.mask_form = mask[:, None, None], KEY_MASK.value
+            mask = torch.where(mask, 0.0, -torch.inf).float()[:, None, None]
+            self.mask_form, hidden = KEY_MASK.value, -math.inf
         elif mask.dtype == torch.bool:
             self.mask_form = BOOL_MASK.value
         else:
             self.mask_form, hidden = BIAS_MASK.value, torch.finfo(mask.dtype).min / 2
         if mask.dtype == torch.bool:
             mask = mask.view(torch.uint8)
+        mask = narrow(mask)
         main = 1 << (head_dim.bit_length() - 1)
         tail = max(16, triton.next_power_of_2(head_dim - main)) if head_dim > main else 0
         if main < 16 or main + tail >= 2 * main:
             main, tail = max(16, triton.next_power_of_2(head_dim)), 0
         scale, cap = scoring.scale * LOG2E, 0.0
         if scoring.softcap is not None:
-            scale, cap = 2 * scale / scoring.softcap, scoring.softcap * LOG2E
+            scale, cap = scoring.scale / scoring.softcap, scoring.softcap * LOG2E
         self.arguments = (
             operand("q", "qb qh qm qd", self.query)
             | operand("k", "kb kh kn kd", self.key)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
-from eah_kernels.triton.primitives import NO_MASK, at, dot_rows, key_range, load_rows, score_tile
+from eah_kernels.triton.primitives import NO_MASK, at, dot_rows, key_range, load_rows, score_tile, shown_keys
 
 LSE_PAD = 128
 
@@ -49,6 +49,9 @@ def _lse_kernel(
     mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
 
     local_m = tl.arange(0, BLOCK_M)
+    if start_m >= q_len:
+        tl.store(minus_lse_ptr + local_m, tl.full([BLOCK_M], float("-inf"), tl.float32))
+        return
     local_n = tl.arange(0, BLOCK_N)
     real = start_m + local_m < q_len
     q = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
@@ -60,7 +63,9 @@ def _lse_kernel(
     first, edge, last = key_range(start_m, q_len, kv_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     for EDGE in tl.static_range(2):
         for start_n in range(edge if EDGE else first, last if EDGE else edge, BLOCK_N):
+            start_n = tl.multiple_of(start_n, BLOCK_N)
             keep = start_n + local_n < (kv_len if EDGE else start_n + BLOCK_N)
+            keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK)
             k = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
             k_tail = k
             if TAIL > 0:

@@ -10,7 +10,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 # MASK: the form of the attention mask
 NO_MASK: tl.constexpr = tl.constexpr(0)
-KEY_MASK: tl.constexpr = tl.constexpr(1)  # (B, Skv) bool, read by key alone
+KEY_MASK: tl.constexpr = tl.constexpr(1)  # (B, Skv) float32, 0 or -inf, read by key alone
 BOOL_MASK: tl.constexpr = tl.constexpr(2)  # (B, Hq, Sq, Skv) bool
 BIAS_MASK: tl.constexpr = tl.constexpr(3)  # (B, Hq, Sq, Skv) floating, added to the score
 
@@ -32,12 +32,28 @@ def load_rows(ptr, start, keep, stride, stride_d, FIRST: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
+def shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK: tl.constexpr):
+    """`keep` without the keys that a (B, Skv) mask hides: loaded as zeros, whatever they hold reaches nothing."""
+    if MASK == KEY_MASK:
+        keep = keep & (tl.load(at(mask_ptr, start_n, stride_mn) + local_n * stride_mn, mask=keep, other=0) == 0)
+    return keep
+
+
+@triton.jit
 def dot_rows(a, b, a_tail, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T over the head dim, which is a main part and, for dims such as 80 or 192, a tail."""
     product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     if TAIL > 0:
         product = tl.dot(a_tail, tl.trans(b_tail), product, input_precision=PRECISION)
     return product
+
+
+@triton.jit
+def tanh(x):
+    """1 - 2 / (exp(2 x) + 1), and near 0, where that cancels, the Taylor series."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315))))
+    return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1))
 
 
 @triton.jit
@@ -48,13 +64,13 @@ def score_tile(
 ):  # fmt: skip
     """Scores, -inf where hidden, and the visible pairs of rows start_m + local_m and keys start_n + local_n.
 
-    local_m and local_n broadcast to the tile, in either order. EDGE = False: no pair of the tile is hidden by its
-    position. OWN = False hides every row's own key too. The caller drops rows past q_len, and under CAUSAL keys past
-    kv_len, which only such rows see. With SOFTCAP, scale is 2 log2(e) scale / softcap and cap is log2(e) softcap, for
-    tanh(x) = 1 - 2 / (exp(2 x) + 1).
+    local_m and local_n broadcast to the tile, in either order. A (B, Skv) mask hides by adding -inf a column, which
+    its keys, loaded as zeros, allow; it is left out of the visible pairs. EDGE = False: no pair of the tile is hidden
+    by its position. OWN = False hides every row's own key too. The caller drops rows past q_len, and under CAUSAL keys
+    past kv_len, which only such rows see. With SOFTCAP, scale is scale / softcap and cap is log2(e) softcap.
     """
     if SOFTCAP:
-        score = cap - 2.0 * cap / (tl.exp2(qk * scale) + 1.0)
+        score = cap * tanh(qk * scale)
     else:
         score = qk * scale
     visible = tl.full(qk.shape, 1, tl.int1)
@@ -70,7 +86,8 @@ def score_tile(
         if WINDOW:
             visible = visible & (key > position - window)
     if MASK == KEY_MASK:
-        visible = visible & (tl.load(at(mask_ptr, start_n, stride_mn) + local_n * stride_mn, mask=inside, other=0) != 0)
+        bias = at(mask_ptr, start_n, stride_mn) + local_n * stride_mn
+        score += tl.load(bias, mask=inside, other=0) if EDGE else tl.load(bias)
     elif MASK != NO_MASK:
         tile = at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn) + local_m * stride_mm + local_n * stride_mn
         entry = tl.load(tile, mask=inside & (row < q_len), other=0 if MASK == BOOL_MASK else float("-inf"))
@@ -79,7 +96,7 @@ def score_tile(
         else:
             visible = visible & (entry > HIDDEN)
             score += entry.to(tl.float32) * LOG2E
-    if EDGE or MASK != NO_MASK:
+    if EDGE or (MASK != NO_MASK and MASK != KEY_MASK):
         score = tl.where(visible, score, float("-inf"))
     return score, visible
 
@@ -98,10 +115,7 @@ def counting_rows(
         if MASK != KEY_MASK:
             entry = entry + tl.cast(row, tl.int64) * stride_mm
         shown = tl.load(entry, mask=counts, other=0)
-        if MASK == BIAS_MASK:
-            counts = counts & (shown > HIDDEN)
-        else:
-            counts = counts & (shown != 0)
+        counts = counts & (shown != 0 if MASK == BOOL_MASK else shown > HIDDEN)
     return counts
 
 

@@ -10,7 +10,54 @@ import triton.language as tl
 
 from eah_kernels.triton.configs import Tile
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
-from eah_kernels.triton.primitives import NO_MASK, at, counting_rows, dot_rows, load_rows, score_tile
+from eah_kernels.triton.primitives import (
+    KEY_MASK,
+    NO_MASK,
+    at,
+    counting_rows,
+    dot_rows,
+    load_rows,
+    score_tile,
+    shown_keys,
+)
+
+
+@triton.jit
+def seeing_rows(
+    key, start_n, first, kv_len, lowest, mask_ptr, stride_mn, window,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """n_j of the keys start_n, ...: counting rows, given by their positions from `lowest` on, that see the key.
+
+    Without a mask every row counts; with a (B, Skv) mask, those at real keys. A hidden key's number means nothing.
+    """
+    since = tl.full([BLOCK_N], 0, tl.int32) + lowest
+    until = tl.full([BLOCK_N], 0, tl.int32) + kv_len - 1
+    if CAUSAL:
+        since = tl.maximum(since, key + 1)
+    if WINDOW:
+        until = tl.minimum(until, key + window - 1)
+    if MASK == NO_MASK:
+        rows = until - since + 1
+        if not CAUSAL:
+            rows -= (key >= lowest).to(tl.int32)
+    else:
+        rows = tl.zeros([BLOCK_N], tl.int32)
+        whole = kv_len
+        if CAUSAL and not WINDOW:  # from here on every row sees every key of the block
+            whole = tl.minimum(start_n + BLOCK_N, kv_len)
+        for start in range(tl.maximum(first, 0), whole, BLOCK_M):
+            position = start + tl.arange(0, BLOCK_M)
+            real = tl.load(at(mask_ptr, position, stride_mn), mask=position < whole, other=1) == 0
+            seen = real[None, :] & (position[None, :] >= since[:, None]) & (position[None, :] <= until[:, None])
+            rows += tl.sum((seen & (position[None, :] != key[:, None])).to(tl.int32), 1)
+        further = tl.zeros([1024], tl.int32)
+        for start in range(whole, kv_len, 1024):
+            position = start + tl.arange(0, 1024)
+            real = tl.load(at(mask_ptr, position, stride_mn), mask=position < kv_len, other=1) == 0
+            further += real.to(tl.int32)
+        rows += tl.sum(further, 0)
+    return rows
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -38,13 +85,16 @@ def _sinks_kernel(
     mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
     minus_lse_ptr = at(at(minus_lse_ptr, b, stride_lb), h, stride_lh)
 
-    k = load_rows(k_ptr, start_n, key < kv_len, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
+    shown = shown_keys(start_n, local_n, key < kv_len, mask_ptr, stride_mn, MASK)
+    k = load_rows(k_ptr, start_n, shown, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
     k_tail = k
     if TAIL > 0:
-        k_tail = load_rows(k_ptr, start_n, key < kv_len, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
+        k_tail = load_rows(k_ptr, start_n, shown, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
     local_m = tl.arange(0, BLOCK_M)
     offset = kv_len - q_len
-    PLAIN: tl.constexpr = CAUSAL and MASK == NO_MASK and not WINDOW
+    BY_KEY: tl.constexpr = MASK == NO_MASK or MASK == KEY_MASK
+    TILE_MASK: tl.constexpr = NO_MASK if BY_KEY else MASK  # a hidden key is left out at the end
+    PLAIN: tl.constexpr = CAUSAL and BY_KEY and not WINDOW
     first = 0
     last = q_len
     if CAUSAL:
@@ -61,7 +111,7 @@ def _sinks_kernel(
         for start_m in range(edge if PHASE else first, last if PHASE else tl.minimum(edge, last), BLOCK_M):
             start_m = tl.multiple_of(start_m, BLOCK_M)
             # A row that does not count enters as zeros and with lse = +inf: whatever it holds, it adds nothing.
-            if PLAIN:
+            if PLAIN and MASK == NO_MASK:
                 counts = start_m + local_m < q_len
             else:
                 counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
@@ -70,33 +120,30 @@ def _sinks_kernel(
             if TAIL > 0:
                 q_tail = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
             minus_lse = tl.load(minus_lse_ptr + start_m + local_m)
-            if not PLAIN:
+            if not PLAIN or MASK != NO_MASK:
                 minus_lse = tl.where(counts, minus_lse, float("-inf"))
             qk = dot_rows(k, q, k_tail, q_tail, TAIL, PRECISION)  # [BLOCK_N, BLOCK_M]
             score, visible = score_tile(
                 qk, start_m, local_m[None, :], start_n, local_n[:, None], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, PHASE == 0, False,
+                scale, cap, window, TILE_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, PHASE == 0, False,
             )  # fmt: skip
             mass += tl.exp2(score + minus_lse[None, :])
-            if MASK != NO_MASK:
+            if not BY_KEY:
                 rows += tl.sum((visible & counts[None, :]).to(tl.int32), 1)
-    if MASK == NO_MASK:  # every row counts: those that see the key, without its own
-        lowest = tl.maximum(offset, 0)
-        highest = kv_len - 1
-        if WINDOW:
-            highest = tl.minimum(highest, key + window - 1)
-        if CAUSAL:
-            rows = highest - tl.maximum(key + 1, lowest) + 1
-        else:
-            rows = highest - lowest + 1 - (key >= lowest).to(tl.int32)
+    if BY_KEY:
+        rows = seeing_rows(
+            key, start_n, first + offset, kv_len, tl.maximum(offset, 0), mask_ptr, stride_mn, window,
+            MASK, CAUSAL, WINDOW, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     mean = tl.div_rn(tl.sum(mass, 1), tl.maximum(rows, 1).to(tl.float32))
+    mean = tl.where(shown, mean, 0.0)
     sinks = tl.sum((image & (mean > threshold)).to(tl.int32), 0)
     tl.atomic_add(count_ptr + b * heads + h, sinks, sem="relaxed")
     if WANT_MEAN:
         tl.store(mean_ptr + tl.cast(b * heads + h, tl.int64) * kv_len + key, mean, mask=image)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_len"])
 def _select_kernel(
     count_ptr, image_ptr, stride_ib, stride_in, head_ptr, min_density, heads, kv_len, HEADS: tl.constexpr
 ):  # fmt: skip
