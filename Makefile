@@ -3,7 +3,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo test lint resources clean
+.PHONY: demo test lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
@@ -17,6 +17,14 @@ lint: $(INSTALLED)
 
 resources: $(INSTALLED)
 	TRITON_INTERPRET=0 $(VENV)/bin/python bench/resources.py $(if $(ALL),--all)
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python bench/attention.py
+	$(VENV)/bin/python bench/model.py
+	$(VENV)/bin/python bench/report.py --readme
+
+bench-device:
+	bash bench/device.sh
 
 clean:
 	rm -rf .venv build *.egg-info

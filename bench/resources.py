@@ -1,11 +1,16 @@
 """Build the shipped kernels ahead of time, without a GPU, and print what each costs.
 
-    python bench/resources.py          the builds CI makes: sm_90 in full, every other target's primary rows
+    python bench/resources.py          the builds CI makes: sm_90 in full, every other target's primary row
     python bench/resources.py --all    every row of the tile table
 
-Columns: registers a thread, bytes spilled, shared memory in KiB, and the matrix instruction found in the machine code.
+Columns: registers a thread, bytes spilled, shared memory in KiB, the matrix instruction found in the machine code.
+Then, for NVIDIA, of the steady-state loop (the one without edge tests): instructions a thread issues per score, and the
+clocks of a multiprocessor per score that its issues, its exps and its matrix products take alone. That is a model.
+
 Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, or spills without
-the tile table (eah_kernels/triton/configs.py) saying why.
+the tile table (eah_kernels/triton/configs.py) saying why; on sm_90 without mask also when a statistics loop issues more
+than 10 % above the floor of its exps and matrix products, the shared-map loop keeps a running maximum, or a loop loads
+scalars from global memory.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from eah_kernels.ops import empty_output
 from eah_kernels.triton import attend, lse, sinks
 from eah_kernels.triton.configs import HEAD_DIMS, TILES
 from eah_kernels.triton.launch import Launch, Problem
+from sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop
 
 
 class Target(NamedTuple):
@@ -86,6 +92,7 @@ class Cost(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     code: str
+    loop: Loop | None = None
 
 
 def compile_launch(launch: Launch, target: str) -> Cost:
@@ -147,15 +154,44 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     """What the row costs, and what is wrong with it."""
     launch = make_launch(row)
     cost = compile_launch(launch, row.target)
-    target = TARGETS[row.target]
+    target, tile = TARGETS[row.target], launch.tile
+    cost = cost._replace(loop=steady_loop(cost.code, tile.block_m * tile.block_n / (32 * tile.num_warps)))
     problems = []
     if cost.shared_bytes > target.shared_kib * 1024:
         problems.append(f"more than {target.shared_kib} KiB of shared memory")
     if row.matrix not in cost.code:
         problems.append(f"no {row.matrix} instruction")
-    if cost.spill_bytes and not launch.tile.spills:
+    if cost.spill_bytes and not tile.spills:
         problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")
+    if row.target == "sm_90" and row.kind == "plain":
+        problems += loop_problems(row, cost.loop)
     return row, cost._replace(code=""), problems
+
+
+def loop_problems(row: Row, loop: Loop | None) -> list[str]:
+    """What keeps a loop from the speed that the design counts on."""
+    if loop is None:
+        return ["no loop with matrix products and exps found"]
+    problems = []
+    floor = max(1 / EXPS_A_CLOCK, row.head_dim / MATRIX_A_CLOCK[row.target])
+    if row.kernel in ("lse", "sinks") and loop.issues / ISSUES_A_CLOCK > 1.1 * floor:
+        problems.append(f"issues {loop.issues:.1f} a score: more than 10 % above the floor")
+    if row.kernel == "shared_map" and loop.max_or_rescale:
+        problems.append("a running maximum in a loop that needs none")
+    if loop.scalar_loads:
+        problems.append(f"{loop.scalar_loads} scalar loads in the loop")
+    return problems
+
+
+def clocks(row: Row, cost: Cost, launch: Launch) -> str:
+    """Clocks of a multiprocessor per score by what the loop issues, its exps and its matrix products: a model."""
+    if cost.loop is None:
+        return ""
+    text = f"{cost.loop.issues:6.1f} {cost.loop.issues / ISSUES_A_CLOCK:6.3f} {cost.loop.exps / EXPS_A_CLOCK:6.3f}"
+    if row.kind == "float32":
+        return text
+    values = {"shared_map": launch.tile.value_width, "own_map": row.head_dim}.get(row.kernel, 0)
+    return f"{text} {(row.head_dim + values) / MATRIX_A_CLOCK[row.target]:6.3f}"
 
 
 def main() -> int:
@@ -163,16 +199,19 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every row of the tile table")
     chosen = rows(parser.parse_args().all)
     print(f"{len(chosen)} builds, triton {triton.__version__}")
-    print("target  kernel      dims  kind     block_m x block_n  warps stages  registers  spilled  shared KiB  matrix")
+    print("target  kernel      dims  kind     block_m x block_n  warps stages  registers  spilled  shared KiB", end="")
+    print("  matrix   issues  clocks: issue, exp, matrix")
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row, cost, problems in pool.map(build, chosen):
-            tile = make_launch(row).tile
+            launch = make_launch(row)
+            tile = launch.tile
             failed += bool(problems)
             print(
                 f"{row.target:7} {row.kernel:11} {row.head_dim:4}  {row.kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
                 f"{tile.num_warps:5} {tile.num_stages:6}  {cost.registers:9}  {cost.spill_bytes:7}  "
-                f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {'; '.join(problems)}",
+                f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {clocks(row, cost, launch)}"
+                f"  {'; '.join(problems)}",
                 flush=True,
             )
     print(f"{len(chosen)} builds, {failed} wrong")

@@ -1,0 +1,147 @@
+"""What is measured, each function checked against the reference before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from eah_kernels import eah_attention, shared_map_attention, sink_statistics
+from layers import Inputs, Layer, make_inputs
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # outputs of values drawn from N(0, 1)
+SDPA = {
+    "SDPA, math": SDPBackend.MATH,
+    "SDPA, flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA, efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """computes: "eah" (output, head, counts), "attention" (output), "statistics" (counts), or "shared map" (output)."""
+
+    name: str
+    computes: str
+    run: Callable[[Inputs], object]
+
+
+def published_eager(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """EAH as published: all maps in full, probabilities in the model's dtype, every sum over S x S."""
+    query, key, value, image_mask, mask, threshold = inputs
+    group, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    score = query @ key.mT * query.shape[-1] ** -0.5
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    real = torch.ones_like(image_mask) if mask is None else mask
+    score = score.masked_fill(~(visible & real[:, None, None]), torch.finfo(score.dtype).min)
+    maps = score.softmax(-1, dtype=torch.float32).to(query.dtype)
+    counted = maps.masked_fill(~real[:, None, :, None], 0).tril(-1).sum(-2, dtype=torch.float32)
+    rows = real.flip(-1).cumsum(-1).flip(-1) - real.int()
+    sinks = (counted / rows.clamp(min=1)[:, None] > threshold) & (image_mask & real)[:, None]
+    counts = sinks.sum(-1, dtype=torch.int32)
+    most, head = counts.max(-1)
+    for row in range(len(query)):
+        if most[row] > 0:
+            maps[row] = maps[row, head[row]]
+    return maps @ value, torch.where(most > 0, head, -1).int(), counts
+
+
+def sdpa(backend: SDPBackend | None) -> Callable[[Inputs], Tensor]:
+    def run(inputs: Inputs) -> Tensor:
+        mask, grouped = None, inputs.query.shape[1] != inputs.key.shape[1]
+        if inputs.attention_mask is not None:
+            length = inputs.query.shape[2]
+            causal = torch.ones(length, length, dtype=torch.bool, device=inputs.query.device).tril()
+            own = torch.eye(length, dtype=torch.bool, device=inputs.query.device)  # or rows without a key are NaN
+            mask = (causal & inputs.attention_mask[:, None, None]) | own
+        tensors = inputs.query, inputs.key, inputs.value
+        options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        if backend is None:
+            return F.scaled_dot_product_attention(*tensors, **options)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*tensors, **options)
+
+    return run
+
+
+def flex_attention() -> Callable[[Inputs], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    blocks = {}
+
+    def run(inputs: Inputs) -> Tensor:
+        if inputs.attention_mask is not None:
+            raise RuntimeError("measured without padding only")
+        length = inputs.query.shape[2]
+        if length not in blocks:
+            blocks[length] = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length)
+        grouped = inputs.query.shape[1] != inputs.key.shape[1]
+        return compiled(inputs.query, inputs.key, inputs.value, block_mask=blocks[length], enable_gqa=grouped)
+
+    return run
+
+
+def contestants(device: str) -> list[Contestant]:
+    """Everything that may be measured on a device; what cannot run there says so when it is checked."""
+    found = [Contestant("eager EAH, as published", "eah", published_eager)]
+    if device == "cpu":
+        found.append(Contestant("SDPA", "attention", sdpa(None)))
+    else:
+        found += [Contestant(name, "attention", sdpa(backend)) for name, backend in SDPA.items()]
+        found.append(Contestant("FlexAttention", "attention", flex_attention()))
+    backend = "torch" if device == "cpu" else "triton"
+
+    def eah(inputs):
+        options = dict(attention_mask=inputs.attention_mask, threshold=inputs.threshold, backend=backend)
+        return eah_attention(*inputs[:4], **options)
+
+    def statistics(inputs):
+        options = dict(attention_mask=inputs.attention_mask, threshold=inputs.threshold, backend=backend)
+        return sink_statistics(*inputs[:2], inputs.image_mask, **options).sink_counts
+
+    def shared(inputs):
+        head = torch.zeros(len(inputs.query), dtype=torch.int32, device=inputs.query.device)
+        return shared_map_attention(*inputs[:3], head, attention_mask=inputs.attention_mask, backend=backend)
+
+    return [
+        *found,
+        Contestant(f"EAH, {backend}", "eah", eah),
+        Contestant(f"EAH, {backend}: statistics alone", "statistics", statistics),
+        Contestant(f"EAH, {backend}: output alone", "shared map", shared),
+    ]
+
+
+def check(contestant: Contestant, layer: Layer, dtype: torch.dtype, device: str) -> str | None:
+    """Why the contestant does not compute what it claims, on a small form of the layer; None if it does."""
+    inputs = make_inputs(layer.small(), dtype, device)
+    options = dict(attention_mask=inputs.attention_mask, backend="reference")
+    expected = eah_attention(*inputs[:4], threshold=inputs.threshold, **options)
+    try:
+        result = contestant.run(inputs)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if contestant.computes == "statistics":
+        return None if torch.equal(result, expected.sink_counts) else "other sink counts than the reference"
+    output, wanted = result, expected.output
+    if contestant.computes == "eah":
+        output, head, counts = result
+        rounded = contestant.name.startswith("eager") and dtype != torch.float32  # its counts are those of rounded maps
+        if not rounded and not (torch.equal(head, expected.head) and torch.equal(counts, expected.sink_counts)):
+            return "another head or other sink counts than the reference"
+        wanted = shared_map_attention(*inputs[:3], head, **options)
+    elif contestant.computes == "attention":
+        wanted = shared_map_attention(*inputs[:3], torch.full_like(expected.head, -1), **options)
+    else:
+        wanted = shared_map_attention(*inputs[:3], torch.zeros_like(expected.head), **options)
+    if inputs.attention_mask is not None:  # what a padding row outputs is nobody's concern
+        real = inputs.attention_mask[:, None, :, None]
+        output, wanted = output.masked_fill(~real, 0), wanted.masked_fill(~real, 0)
+    error = (output - wanted).abs().max().item()
+    return None if error <= TOLERANCE[dtype] else f"an error of {error:.1e} against the reference"

@@ -1,0 +1,172 @@
+"""A whole model: time to first token, decoding speed and peak memory with plain SDPA, with EAH, and as published.
+
+    python bench/model.py          LLaVA-1.5-7B's and Qwen2.5-VL-7B's shapes on a GPU; a LLaVA cut down to size on a CPU
+
+Random weights. "As published": eager attention in every layer, EAH by the eager reference. Writes model.json beside
+attention.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+
+import eah
+from machine import describe, results_folder
+
+IMAGE = 9  # the placeholder's token id
+
+
+def llava(scale: int) -> transformers.PreTrainedConfig:
+    """LLaVA-1.5-7B's language model behind CLIP at 336 pixels, its widths and depths divided by scale."""
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=1024 // scale,
+            intermediate_size=4096 // scale,
+            num_hidden_layers=max(2, 24 // scale),
+            num_attention_heads=16 // min(scale, 8),
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=32064 // scale,
+            hidden_size=4096 // scale,
+            intermediate_size=11008 // scale,
+            num_hidden_layers=max(4, 32 // scale),
+            num_attention_heads=32 // min(scale, 8),
+            num_key_value_heads=32 // min(scale, 8),
+            pad_token_id=0,
+        ),
+        image_token_index=IMAGE,
+    )
+
+
+def qwen() -> transformers.PreTrainedConfig:
+    """Qwen2.5-VL-7B's shape."""
+    return transformers.Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            pad_token_id=0,
+            rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+        ),
+        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584),
+        image_token_id=IMAGE,
+        video_token_id=10,
+        vision_start_token_id=11,
+        vision_end_token_id=12,
+    )
+
+
+def llava_inputs(device: str, dtype: torch.dtype) -> dict:
+    """648 tokens, 576 of them the image's."""
+    ids = [20] * 35 + [IMAGE] * 576 + [21] * 37
+    pixels = torch.randn(1, 3, 336, 336, dtype=dtype, device=device)
+    return {"input_ids": torch.tensor([ids], device=device), "pixel_values": pixels}
+
+
+def qwen_inputs(device: str, dtype: torch.dtype) -> dict:
+    """2,932 tokens, 2,860 of them the image's: 110 x 104 patches, merged two by two."""
+    ids = torch.tensor([[20] * 34 + [11] + [IMAGE] * 2860 + [12] + [21] * 36], device=device)
+    pixels = torch.randn(110 * 104, 1176, dtype=dtype, device=device)
+    grid = torch.tensor([[1, 110, 104]], device=device)
+    types = (ids == IMAGE).int()
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": types}
+
+
+MODELS: dict[str, list[tuple[str, Callable, Callable]]] = {
+    "cuda": [("LLaVA-1.5-7B", lambda: llava(1), llava_inputs), ("Qwen2.5-VL-7B", qwen, qwen_inputs)],
+    "cpu": [("LLaVA-1.5-7B with widths and depths divided by 16", lambda: llava(16), llava_inputs)],
+}
+WAYS = {"plain SDPA": ("sdpa", None), "EAH": ("sdpa", "auto"), "EAH, as published": ("eager", "reference")}
+
+
+def measure(name: str, config, make_inputs, device: str, rounds: int, new_tokens: int) -> list[dict]:
+    """One row a way, the ways taking turns."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+    inputs = make_inputs(device, dtype)
+    found = {way: {"first": [], "rest": [], "peak": 0.0} for way in WAYS}
+    for round_number in range(rounds + 1):
+        for way, (implementation, backend) in WAYS.items():
+            model.set_attn_implementation({"text_config": implementation})
+            handle = eah.enable(model, backend=backend) if backend else None
+            try:
+                first = generate(model, inputs, 1, device)
+                all_of_them = generate(model, inputs, new_tokens + 1, device)
+                if handle and any(layer.stood_aside for layer in handle.report().layers):
+                    raise RuntimeError(f"EAH did not act: {handle.report()}")
+            finally:
+                if handle:
+                    handle.disable()
+            if round_number:  # the first round warms up
+                found[way]["first"].append(first[0])
+                found[way]["rest"].append(all_of_them[0] - first[0])
+                found[way]["peak"] = max(found[way]["peak"], first[1])
+    plain = found["plain SDPA"]
+    return [
+        {
+            "model": name,
+            "way": way,
+            "prompt_tokens": inputs["input_ids"].shape[1],
+            "first_token_ms": 1e3 * statistics.median(each["first"]),
+            "first_token_ratio": statistics.median(each["first"]) / statistics.median(plain["first"]),
+            "decode_tokens_per_s": new_tokens / statistics.median(each["rest"]),
+            "decode_ratio": statistics.median(plain["rest"]) / statistics.median(each["rest"]),
+            "peak_extra_mib": each["peak"] if device == "cuda" else None,
+        }
+        for way, each in found.items()
+    ]
+
+
+@torch.no_grad()
+def generate(model, inputs: dict, tokens: int, device: str) -> tuple[float, float]:
+    """Seconds, and the MiB that were allocated beyond what was there."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    start = time.perf_counter()
+    model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    if device != "cuda":
+        return time.perf_counter() - start, 0.0
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--commit", help="of the code measured, where there is no git")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for name, config, make_inputs in MODELS[device]:
+        rows += measure(name, config(), make_inputs, device, arguments.rounds, arguments.new_tokens)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    file = results_folder(device) / "model.json"
+    file.write_text(json.dumps({**describe(device, arguments.commit), "rows": rows}, indent=1) + "\n")
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()

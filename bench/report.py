@@ -1,0 +1,124 @@
+"""Tables and a chart from the result files.
+
+python bench/report.py              print the tables of every result folder, and redraw their charts
+python bench/report.py --readme     also put the essential tables between the marks in README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MARKS = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
+
+
+def folders() -> list[Path]:
+    """$OUT, or every folder under bench/results."""
+    if "OUT" in os.environ:
+        return [Path(os.environ["OUT"])]
+    return sorted(path.parent for path in (ROOT / "bench/results").glob("*/attention.json"))
+
+
+def heading(results: dict, file: Path) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
+    where = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
+    code = f"commit {results['commit'][:12]}; `{results['command']}`; [{file.name}]({where})"
+    return f"Measured: {results['device']}; {versions}; {code}"
+
+
+def attention_table(file: Path, essential: bool) -> str:
+    """One line a layer, dtype and contestant; `essential`: without the parts and the median's spread."""
+    results = json.loads(file.read_text())
+    lines = [heading(results, file), ""]
+    columns = ["layer", "dtype", "contestant", "median ms", "to SDPA", "to eager EAH"]
+    columns += [] if essential else ["p20-p80 ms", "TFLOP/s", "extra MiB"]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in results["rows"]:
+        if essential and row["computes"] in ("statistics", "shared map"):
+            continue
+        cells = [row["layer"], row["dtype"], row["contestant"]]
+        if "not_timed" in row:
+            cells += [f"not timed: {row['not_timed']}", "", ""] + [""] * (0 if essential else 3)
+        else:
+            cells += [f"{row['median_ms']:.3g}", number(row["ratio_to_sdpa"]), number(row["ratio_to_eager"])]
+            if not essential:
+                spread = f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}"
+                cells += [spread, f"{row['tflops']:.3g}", number(row.get("peak_extra_mib"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def model_table(file: Path) -> str:
+    results = json.loads(file.read_text())
+    lines = [heading(results, file), ""]
+    lines += [
+        "| model | attention | first token ms | to SDPA | decode tokens/s | to SDPA | extra MiB |",
+        "|" + "---|" * 7,
+    ]
+    for row in results["rows"]:
+        cells = [row["model"], row["way"], f"{row['first_token_ms']:.4g}", f"{row['first_token_ratio']:.3f}"]
+        cells += [f"{row['decode_tokens_per_s']:.3g}", f"{row['decode_ratio']:.3f}", number(row["peak_extra_mib"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def tables(folder: Path, essential: bool) -> str:
+    parts = [attention_table(folder / "attention.json", essential)]
+    if (folder / "model.json").exists():
+        parts.append(model_table(folder / "model.json"))
+    return "\n\n".join(parts)
+
+
+def readme_results() -> str:
+    """What stands between the marks in README.md."""
+    return "\n\n".join(tables(folder, essential=True) for folder in folders())
+
+
+def chart(folder: Path) -> Path:
+    """Medians over plain SDPA, a bar a contestant and layer, losing ones included."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = json.loads((folder / "attention.json").read_text())
+    rows = [row for row in results["rows"] if row.get("ratio_to_sdpa") and row["computes"] in ("eah", "attention")]
+    labels = [f"{row['layer']}, {row['dtype']}: {row['contestant']}" for row in rows]
+    figure, axes = plt.subplots(figsize=(11, 0.24 * len(rows) + 1.5), layout="constrained")
+    colours = ["tab:blue" if row["computes"] == "eah" else "lightgrey" for row in rows]
+    axes.barh(labels, [row["ratio_to_sdpa"] for row in rows], color=colours)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel(f"time over plain SDPA (log scale; lower is better); {results['device']}")
+    file = folder / "attention.png"
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--readme", action="store_true", help="write the essential tables into README.md")
+    arguments = parser.parse_args()
+    for folder in folders():
+        (folder / "attention.md").write_text(tables(folder, essential=False) + "\n")
+        chart(folder)
+        print(tables(folder, essential=True), "\n")
+    if arguments.readme:
+        file = ROOT / "README.md"
+        before, rest = file.read_text().split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        file.write_text(f"{before}{MARKS[0]}\n{readme_results()}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What a kernel's steady-state loop issues, read from the disassembly of NVIDIA machine code."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]*);", re.MULTILINE)
+BRANCH = re.compile(r"BRA(?:\.\w+)* 0x([0-9a-f]+)")
+ISSUES_A_CLOCK = 4 * 32  # lanes: four schedulers issue one warp instruction each
+EXPS_A_CLOCK = 16
+MATRIX_A_CLOCK = {"sm_80": 1024, "sm_89": 512, "sm_90": 2048, "sm_100": 4096}  # 16-bit multiply-adds, dense
+
+
+class Loop(NamedTuple):
+    """Per score element of the loop's tile."""
+
+    issues: float
+    exps: float
+    max_or_rescale: int  # FMNMX in the whole loop: an online softmax
+    scalar_loads: int  # loads of less than 8 bytes from global memory
+
+
+def steady_loop(code: str, elements_a_thread: float) -> Loop | None:
+    """The innermost loop with matrix products and exps that issues least: the others also test the edges."""
+    instructions = [(int(m[1], 16), m[2].strip()) for m in INSTRUCTION.finditer(code)]
+    best = None
+    for address, text in instructions:
+        branch = BRANCH.match(text)
+        if not branch or int(branch[1], 16) >= address:
+            continue
+        body = [t for a, t in instructions if int(branch[1], 16) <= a <= address]
+        kinds = Counter(t.split()[0] for t in body)
+        exps = kinds["MUFU.EX2"]
+        if exps and any("MMA" in kind for kind in kinds) and (best is None or len(body) < len(best)):
+            best = body
+    if best is None:
+        return None
+    kinds = Counter(t.split()[0] for t in best)
+    scalar = sum(n for kind, n in kinds.items() if re.fullmatch(r"LDG(\.E)?(\.U8|\.S8|\.U16)?", kind))
+    rescale = sum(n for kind, n in kinds.items() if kind.startswith("FMNMX"))
+    return Loop(len(best) / elements_a_thread, kinds["MUFU.EX2"] / elements_a_thread, rescale, scalar)
