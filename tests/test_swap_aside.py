@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eah
-from eah import image_tokens, swap
+from eah import image_tokens, report, swap
 from tiny_models import attention_of, build, one_thread, prompt  # noqa: F401
 
 transformers = pytest.importorskip("transformers")
@@ -97,12 +97,12 @@ def test_some_heads_only():
 
 
 def test_image_features_merged_by_the_caller():
-    """Without ids and without a placeholder embedding nothing tells where the image is: no row has an image token."""
+    """Without ids and without a placeholder embedding nothing tells where the image is: the report asks for a mask."""
     model, inputs = build("llava"), prompt("llava", ROWS)
     embeds = torch.randn(*inputs["input_ids"].shape, 32)
     with torch.no_grad(), eah.enable(model, threshold=0.0) as handle:
         model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
-    assert [row.why_none for row in handle.report().layers[0].rows] == ["no image token"] * 2
+    assert [row.why_none for row in handle.report().layers[0].rows] == [report.NO_PLACEHOLDER] * 2
 
 
 def test_the_decoder_called_by_itself():

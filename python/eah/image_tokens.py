@@ -28,6 +28,7 @@ class Prefill(NamedTuple):
     padding_mask: Tensor | None = None  # (B, S) bool, True = real token; None without one
     own_mask: bool = False  # the caller passed finished attention masks (4-D, or one per layer type)
     has_cache: bool = False  # keys may be longer than S: a static cache
+    by_embedding: bool = False  # image tokens were looked for among embeddings, without ids
     stand_aside: str | None = None
 
 
@@ -84,6 +85,7 @@ class ImageTokens:
             padding_mask=padding,
             own_mask=mask is not None and padding is None,
             has_cache=cache is not None,
+            by_embedding=input_ids is None and self.position_mask is None,
         )
 
     def find(self, base, input_ids, tokens, kwargs) -> Tensor:

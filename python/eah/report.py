@@ -16,6 +16,11 @@ class Record(NamedTuple):
     image_mask: Tensor | None = None  # (B, S) bool
     stood_aside: str | None = None
     afterwards: str | None = None
+    by_embedding: bool = False  # image tokens were looked for among embeddings
+
+
+NO_IMAGE_TOKEN = "no image token"
+NO_PLACEHOLDER = "no image token: none of the embeddings is a placeholder's; handle.image_mask(mask) can say where they are"
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,15 @@ def layer_report(layer: int, record: Record | None, min_density: float) -> Layer
         return LayerReport(layer, stood_aside=record.stood_aside, afterwards=record.afterwards)
     image_tokens = record.image_mask.sum(-1).tolist()
     rows = zip(record.head.tolist(), record.sink_counts.tolist(), image_tokens, strict=True)
-    return LayerReport(layer, tuple(_row(*row, min_density) for row in rows), afterwards=record.afterwards)
+    none_found = NO_PLACEHOLDER if record.by_embedding else NO_IMAGE_TOKEN
+    rows = tuple(_row(*row, min_density, none_found) for row in rows)
+    return LayerReport(layer, rows, afterwards=record.afterwards)
 
 
-def _row(head: int, sinks: list[int], image_tokens: int, min_density: float) -> RowReport:
+def _row(head: int, sinks: list[int], image_tokens: int, min_density: float, none_found: str) -> RowReport:
     density = max(sinks) / image_tokens if image_tokens else 0.0
     why_none = None
     if head < 0:
         why_none = "no head has a sink" if not any(sinks) else f"density below min_density {min_density:g}"
-        why_none = why_none if image_tokens else "no image token"
+        why_none = why_none if image_tokens else none_found
     return RowReport(None if head < 0 else head, tuple(sinks), image_tokens, density, why_none)

@@ -140,14 +140,14 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     q, k, v = _as_under_autocast(query, call.key, call.value)
     if not (_requires_grad(query, key, value, attention_mask) or _wants_maps(layer.config, implementation, kwargs)):
         result = eah_attention(q, k, v, call.image_mask, min_density=min_density, **knobs)
-        layer.record = Record(result.head, result.sink_counts, call.image_mask)
+        layer.record = Record(result.head, result.sink_counts, call.image_mask, by_embedding=prefill.by_embedding)
         return result.output.transpose(1, 2), None
 
     # For gradients, and for the maps, the base implementation runs on the chosen head's query and key.
     with torch.no_grad():
         counts = sink_statistics(q, k, call.image_mask, **knobs).sink_counts
         head = select_head(counts, call.image_mask, min_density)
-    layer.record = Record(head, counts, call.image_mask)
+    layer.record = Record(head, counts, call.image_mask, by_embedding=prefill.by_embedding)
     query, key, attention_mask = lend(head, query, key, attention_mask)
     return base(view, query, key, value, attention_mask, **kwargs)
 
@@ -218,7 +218,7 @@ def lend(head: Tensor, query: Tensor, key: Tensor, attention_mask: Tensor | None
 def _stand_aside(layer: SwappedLayer, reason: str) -> None:
     last = layer.record
     if reason == CACHED and last is not None:  # the prefill before stays on record
-        layer.record = Record(last.head, last.sink_counts, last.image_mask, last.stood_aside, reason)
+        layer.record = last._replace(afterwards=reason)
     else:
         layer.record = Record(stood_aside=reason)
 
