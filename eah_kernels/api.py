@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eah_kernels import ops, reference
+from eah_kernels import native, ops, reference
 from eah_kernels.masks import Scoring
 
-BACKENDS = ("auto", "reference", "torch", "triton")
+BACKENDS = ("auto", "reference", "torch", "triton", "native")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
@@ -73,8 +73,9 @@ def eah_attention(
         scale: multiplies q . k; default 1 / sqrt(D).
         sliding_window: hide the keys at own position - sliding_window and before; >= 1.
         softcap: c > 0 turns the scaled score s into c * tanh(s / c).
-        backend: "auto" (see `choose_backend`), "reference" (eager, differentiable), "torch" (blocked, any device) or
-            "triton" (CUDA or ROCm device, or TRITON_INTERPRET=1). A named backend never falls back.
+        backend: "auto" (see `choose_backend`), "reference" (eager, differentiable), "torch" (blocked, any device),
+            "triton" (CUDA or ROCm device, or TRITON_INTERPRET=1) or "native" (the C++ extension, CPU). A named backend
+            never falls back.
 
     Returns:
         EAHResult. A row of `output` that sees no key is 0. A batch row without image token has head -1 and counts 0.
@@ -201,24 +202,33 @@ def shared_map_attention(
 
 
 def choose_backend(backend: str, query: Tensor) -> str:
-    """The backend that runs: the named one, or for "auto" Triton on a GPU and blocked torch elsewhere.
+    """The backend that runs: the named one, or for "auto" the fastest there is for query's device and dtype.
 
-    "auto" takes "triton" for float16, bfloat16 and float32 on a CUDA or ROCm device where Triton is installed, and
-    "torch" in every other case. "reference" is never chosen for you.
+    For float16, bfloat16 and float32 "auto" takes "triton" on a CUDA or ROCm device where Triton is installed and
+    "native" on the CPU where the extension is built; in every other case "torch". "reference" is never chosen for you.
 
     Raises:
         ValueError: an unknown name, or a named backend that cannot run on query; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend not in ("auto", "triton"):
-        return backend
-    missing = why_not_triton(query.device, query.dtype)
+    why_not = {"triton": why_not_triton, "native": why_not_native}
     if backend == "auto":
-        return "torch" if missing or query.device.type != "cuda" else "triton"
+        fastest = "triton" if query.device.type == "cuda" else "native"
+        return "torch" if why_not[fastest](query.device, query.dtype) else fastest
+    missing = why_not[backend](query.device, query.dtype) if backend in why_not else None
     if missing:
-        raise ValueError(f'backend="triton" cannot be used: {missing}')
+        raise ValueError(f'backend="{backend}" cannot be used: {missing}')
     return backend
+
+
+def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the native kernels cannot run on such tensors, or None."""
+    if dtype == torch.float64:
+        return "float64 has no native kernel; accepted are float16, bfloat16 and float32"
+    if device.type != "cpu":
+        return f"its kernels are for CPU tensors; the tensors are on {device}"
+    return native.why_not()
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eah_kernels.masks import Scoring
 
-MODULES = {"torch": "eah_kernels.blocked", "triton": "eah_kernels.triton"}
+MODULES = {"torch": "eah_kernels.blocked", "triton": "eah_kernels.triton", "native": "eah_kernels.native"}
 SCORING = "Tensor? attention_mask, bool causal, float scale, int? sliding_window, float? softcap, str backend"
 
 
@@ -85,8 +85,8 @@ def _(query, key, value, head, *_):
 
 def _refuse_grad(ctx, inputs, output):
     raise RuntimeError(
-        "eah_kernels: the torch and triton backends are for inference and query, key, value or attention_mask requires "
-        'grad: use backend="reference", or call under torch.no_grad()'
+        "eah_kernels: the torch, triton and native backends are for inference and query, key, value or attention_mask "
+        'requires grad: use backend="reference", or call under torch.no_grad()'
     )
 
 

@@ -29,7 +29,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def kernel_device():
-    """Where the Triton kernels run here: the GPU, or the CPU by Triton's interpreter."""
+def kernel_device(request):
+    """Where the backend under test runs: native on the CPU, Triton on the GPU or on the CPU by its interpreter."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and callspec.params.get("backend") == "native":
+        return "cpu"
     pytest.importorskip("triton")
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
-from eah_kernels import eah_attention, reference, shared_map_attention, sink_statistics
+from eah_kernels import eah_attention, native, reference, shared_map_attention, sink_statistics
 from eah_kernels.masks import Scoring
+
+WHY_NOT_NATIVE = native.why_not()
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(WHY_NOT_NATIVE is not None, reason=str(WHY_NOT_NATIVE)))
 
 
 @dataclass(frozen=True)

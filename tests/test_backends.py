@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eah_kernels import eah_attention
-from support import Case, check, exact, make
+from support import NATIVE, Case, check, exact, make
 
 SHAPES = [
     Case(q_len=1),
@@ -57,18 +57,18 @@ LONG = [
 
 
 @pytest.mark.parametrize("case", SHAPES + MASKS + LONG, ids=str)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
 def test_float32(case, backend, kernel_device):
     check(case, backend, torch.float32, kernel_device)
 
 
 @pytest.mark.parametrize("case", [*SHAPES[2:8], *MASKS[::3]], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
 def test_float16(case, backend, kernel_device):
     check(case, backend, torch.float16, kernel_device)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])
 def test_density_gate(backend, kernel_device):
     """Image tokens at hidden keys count in the density's denominator."""
     inputs = make(Case(mask="left", q_len=70), device=kernel_device)
@@ -84,7 +84,7 @@ def test_density_gate(backend, kernel_device):
         assert eah_attention(*tensors, min_density=density * 1.001, **options).head[row] == -1
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])
 def test_threshold_zero_and_scale_zero(backend, kernel_device):
     """Every image token that another row sees is a sink of every head: head 0."""
     inputs = make(Case(q_len=20, image="all"), device=kernel_device)
@@ -95,7 +95,7 @@ def test_threshold_zero_and_scale_zero(backend, kernel_device):
     torch.testing.assert_close(result.output, (uniform / uniform.sum(-1, keepdim=True)) @ inputs.value)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])
 def test_autocast_changes_nothing(backend, kernel_device):
     inputs = make(Case(q_len=40), device=kernel_device)
     tensors = inputs.query, inputs.key, inputs.value, inputs.image_mask
@@ -106,8 +106,9 @@ def test_autocast_changes_nothing(backend, kernel_device):
 
 
 @pytest.mark.parametrize("case", [*SHAPES[2:8], *MASKS[::3]], ids=str)
-def test_bfloat16_torch(case):
-    check(case, "torch", torch.bfloat16)
+@pytest.mark.parametrize("backend", ["torch", NATIVE])
+def test_bfloat16(case, backend):
+    check(case, backend, torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", [SHAPES[3], MASKS[1], MASKS[10]], ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eah_kernels import eah_attention, select_head, shared_map_attention, sink_statistics
+from support import NATIVE
 
 B, H, S, D = 2, 4, 5, 8
 
@@ -111,7 +112,7 @@ def test_an_unavailable_backend_says_why(monkeypatch):
         eah_attention(**arguments(backend="triton"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])
 @pytest.mark.parametrize("shape", [(0, H, S, S), (B, H, 0, 0), (B, H, 0, S), (B, H, 1, 1), (B, 1, S, S)], ids=str)
 def test_valid_edges(backend, shape, kernel_device):
     batch, heads, q_len, kv_len = shape
@@ -128,7 +129,7 @@ def test_valid_edges(backend, shape, kernel_device):
     assert result.sink_counts.tolist() == [[0] * heads] * batch
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", NATIVE])
 def test_no_keys(backend):
     empty = torch.zeros(B, H, 0, D)
     image = torch.zeros(B, 0, dtype=torch.bool)

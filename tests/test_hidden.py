@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from eah_kernels import eah_attention, select_head, sink_statistics
-from support import Case, exact, make
+from support import NATIVE, Case, exact, make
 
-BACKENDS = ["reference", "torch", "triton"]
+BACKENDS = ["reference", "torch", "triton", NATIVE]
 
 
 def run(inputs, threshold, backend):

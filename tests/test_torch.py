@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eah_kernels import eah_attention, ops, sink_statistics
-from support import Case, exact, make
+from support import NATIVE, Case, exact, make
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", NATIVE]
 CASES = [Case(q_len=20, heads=4, kv_heads=2, dim=16), Case(q_len=9, kv_len=20, mask="bool", layout="bhsd", dim=16)]
 
 
@@ -48,10 +48,11 @@ def test_compiles_as_one_graph(backend, kernel_device):
     torch.testing.assert_close(output, expected)
 
 
-def test_output_layout_is_what_transformers_wants_next():
-    for backend in ("torch", "triton"):
-        output = eah_attention(*tensors(make(CASES[0])), make(CASES[0]).image_mask, backend=backend).output
-        assert output.transpose(1, 2).is_contiguous()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_layout_is_what_transformers_wants_next(backend, kernel_device):
+    inputs = make(CASES[0], device=kernel_device)
+    output = eah_attention(*tensors(inputs), inputs.image_mask, backend=backend).output
+    assert output.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
