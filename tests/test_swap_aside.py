@@ -40,7 +40,7 @@ def test_another_base_implementation():
     transformers.AttentionMaskInterface.register("mine", sdpa_mask)
     model = build("llava")
     model.set_attn_implementation("mine")
-    reason = "the attention implementation 'mine' is not handled; handled are sdpa, eager"
+    reason = f"the attention implementation 'mine' is not handled; handled are {', '.join(swap.HANDLED)}"
     stands_aside(model, reason, **prompt("llava", ROWS))
 
 

@@ -102,12 +102,17 @@ VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
 
 # Text decoders (model_type of the text config) in which a layer without a sliding window sees exactly the earlier real
 # keys: their mask can be replaced by causality and the 2-D padding mask, which the kernels read S times faster.
+# fmt: off
 PLAIN_CAUSAL_DECODERS = frozenset(
-    "aria_text chameleon cohere2 deepseek_v3 emu3_text_model ernie4_5_vl_moe_text exaone4 glm4v_moe_text glm4v_text "
-    "granite4_vision_text hunyuan_vl_text kosmos_2_text_model lfm3 llama minimax_m3_vl_text mistral nemotron_h opt "
-    "paddleocr_vl_text persimmon qwen2 qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text qwen3 qwen3_5_text "
-    "qwen3_vl_moe_text qwen3_vl_text".split()
+    {
+        "aria_text", "chameleon", "cohere2", "deepseek_v3", "emu3_text_model", "ernie4_5_vl_moe_text", "exaone4",
+        "glm4v_moe_text", "glm4v_text", "granite4_vision_text", "hunyuan_vl_text", "kosmos_2_text_model", "lfm3",
+        "llama", "minimax_m3_vl_text", "mistral", "nemotron_h", "opt", "paddleocr_vl_text", "persimmon", "qwen2",
+        "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_5_text", "qwen3_vl_moe_text",
+        "qwen3_vl_text",
+    }
 )
+# fmt: on
 
 
 class FamilyRow(NamedTuple):

@@ -20,7 +20,7 @@ class Record(NamedTuple):
 
 
 NO_IMAGE_TOKEN = "no image token"
-NO_PLACEHOLDER = "no image token: none of the embeddings is a placeholder's; handle.image_mask(mask) can say where they are"
+NO_PLACEHOLDER = "no image token: no embedding is a placeholder's; handle.image_mask(mask) can say where they are"
 
 
 @dataclass(frozen=True)

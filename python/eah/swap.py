@@ -19,13 +19,14 @@ from eah.report import Record
 from eah_kernels import eah_attention, select_head, sink_statistics
 
 NAME = "eah"
-HANDLED = ("sdpa", "eager")  # base implementations whose masks are understood here
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+HANDLED = ("sdpa", "eager", *FLASH, "flex_attention")  # base implementations whose masks are understood here
 
 NO_IMAGE_MASK = "no image mask reached the layer: the forward did not go through the enabled model's base model"
 DROPOUT = "attention dropout is active"
 SOME_HEADS = "the layer computes only some of its heads here (tensor parallel)"
 UNALIGNED = "the layer has other keys than the tokens of this forward"
-MASK_FORM = "the attention mask is not (B|1, 1|heads, queries, keys) in bool or a floating dtype"
+MASK_FORM = "the attention mask is of a form that is not known for this attention implementation"
 UNSUPPORTED_ARGUMENTS = {
     "position_bias": "the layer adds a position bias",
     "s_aux": "the layer has attention sinks of its own (s_aux)",
@@ -96,6 +97,7 @@ class Call(NamedTuple):
     image_mask: Tensor
     attention_mask: Tensor | None
     causal: bool
+    sliding_window: int | None = None
 
 
 def register() -> None:
@@ -132,6 +134,7 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
         "threshold": layer.settings.threshold,
         "attention_mask": call.attention_mask,
         "causal": call.causal,
+        "sliding_window": call.sliding_window,
         "scale": kwargs.get("scaling"),
         "softcap": kwargs.get("softcap"),
         "backend": layer.settings.backend,
@@ -169,12 +172,19 @@ def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill,
     aligned = kv_len == q_len or (kv_len > q_len and prefill.has_cache)
     if not aligned or tuple(prefill.image_mask.shape) != (batch, q_len):
         return UNALIGNED
-    if attention_mask is not None:
-        shape = tuple(attention_mask.shape)
-        fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (q_len, kv_len)
-        if not fits or not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
-            return MASK_FORM
-    return None
+    return None if _mask_is_known(implementation, attention_mask, batch, heads, q_len, kv_len) else MASK_FORM
+
+
+def _mask_is_known(implementation, mask, batch, heads, q_len, kv_len) -> bool:
+    if mask is None:
+        return True
+    shape = tuple(mask.shape)
+    if implementation in FLASH:  # padding only
+        return isinstance(mask, Tensor) and len(shape) == 2 and shape[0] == batch and q_len <= shape[1] <= kv_len
+    fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (q_len, kv_len)
+    if not isinstance(mask, Tensor):  # a BlockMask
+        return implementation == "flex_attention" and fits
+    return fits and (mask.dtype == torch.bool or mask.is_floating_point())
 
 
 def what_arrived(layer, implementation, query, key, value, attention_mask, prefill: Prefill, kwargs) -> Call:
@@ -182,19 +192,24 @@ def what_arrived(layer, implementation, query, key, value, attention_mask, prefi
 
     Keys beyond S belong to a static cache that was empty: unwritten, and cut off. A mask that arrives holds everything
     that the model hides, causality and sliding window included. Where it can only be causality and padding, the
-    (B, S) padding mask says the same.
+    (B, S) padding mask says the same. Only flash attention is told of padding, causality and window one by one.
     """
     q_len = query.shape[2]
     key, value = key[:, :, :q_len], value[:, :, :q_len]
     image_mask = prefill.image_mask.to(query.device)
-    if attention_mask is None:  # sdpa is then causal by its flag, eager sees everything
-        is_causal = kwargs.get("is_causal")
-        is_causal = getattr(layer.module, "is_causal", True) if is_causal is None else is_causal
-        return Call(key, value, image_mask, None, implementation == "sdpa" and bool(is_causal))
+    is_causal = kwargs.get("is_causal")
+    is_causal = bool(getattr(layer.module, "is_causal", True) if is_causal is None else is_causal)
+    if implementation in FLASH:
+        padding = None if attention_mask is None else attention_mask[:, :q_len].bool()
+        return Call(key, value, image_mask, padding, is_causal, kwargs.get("sliding_window"))
+    if attention_mask is None:  # sdpa is then causal by its flag; eager and flex see everything
+        return Call(key, value, image_mask, None, implementation == "sdpa" and is_causal)
     if layer.settings.tested and _plain_causal(layer.config, kwargs) and not prefill.own_mask:
         padding = prefill.padding_mask
         if padding is None or tuple(padding.shape) == tuple(image_mask.shape):
             return Call(key, value, image_mask, None if padding is None else padding.to(query.device), True)
+    if not isinstance(attention_mask, Tensor):
+        attention_mask = _dense(attention_mask, query.device)
     return Call(key, value, image_mask, attention_mask[..., :q_len], False)
 
 
@@ -209,10 +224,18 @@ def lend(head: Tensor, query: Tensor, key: Tensor, attention_mask: Tensor | None
     group = query.shape[1] // key.shape[1]
     query = torch.where(own, query, query[row, source][:, None])
     key = torch.where(own, key, key[row, source // group][:, None])
-    if attention_mask is not None and attention_mask.shape[1] > 1:
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[1] > 1:
         attention_mask = attention_mask.expand(len(head), -1, -1, -1)
         attention_mask = torch.where(own, attention_mask, attention_mask[row, source][:, None])
     return query, key, attention_mask
+
+
+def _dense(block_mask, device) -> Tensor:
+    """(B, H, Sq, Skv) bool from a flex_attention BlockMask."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, heads, q_len, kv_len = block_mask.shape
+    return create_mask(block_mask.mask_mod, batch, heads, q_len, kv_len, device)
 
 
 def _stand_aside(layer: SwappedLayer, reason: str) -> None:
