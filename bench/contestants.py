@@ -96,7 +96,13 @@ def contestants(device: str) -> list[Contestant]:
     else:
         found += [Contestant(name, "attention", sdpa(backend)) for name, backend in SDPA.items()]
         found.append(Contestant("FlexAttention", "attention", flex_attention()))
-    backend = "torch" if device == "cpu" else "triton"
+    for backend in ("torch", "native") if device == "cpu" else ("triton",):
+        found += ours(backend)
+    return found
+
+
+def ours(backend: str) -> list[Contestant]:
+    """A backend of ours, whole and in its parts."""
 
     def eah(inputs):
         options = dict(attention_mask=inputs.attention_mask, threshold=inputs.threshold, backend=backend)
@@ -111,7 +117,6 @@ def contestants(device: str) -> list[Contestant]:
         return shared_map_attention(*inputs[:3], head, attention_mask=inputs.attention_mask, backend=backend)
 
     return [
-        *found,
         Contestant(f"EAH, {backend}", "eah", eah),
         Contestant(f"EAH, {backend}: statistics alone", "statistics", statistics),
         Contestant(f"EAH, {backend}: output alone", "shared map", shared),

@@ -96,6 +96,13 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
         assert status == 1 and "eah-kernels[demo]" in err
 
 
+def test_models_is_the_table_in_the_readme(capsys):
+    status, out, _ = run(capsys, "models")
+    assert status == 0 and "| llava | works | 1 |" in out
+    text = (ROOT / "README.md").read_text().split("<!-- models: made by eah models -->")[1]
+    assert text.split("<!-- end of models -->")[0].strip() == out.strip()
+
+
 def test_doctor():
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PATH": ""}
     command = [sys.executable, "-m", "eah", "doctor"]

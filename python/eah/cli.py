@@ -1,4 +1,4 @@
-"""The command line: `eah demo`, `eah generate`, `eah doctor` (also `python -m eah`)."""
+"""The command line: `eah demo`, `eah generate`, `eah models`, `eah doctor` (also `python -m eah`)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 
 from eah.demo import demo, print_demo
 from eah.generate import generate
+from eah.models import family_table
 from eah_kernels import __version__, eah_attention
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "native", "triton")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,9 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--trust-remote-code", action="store_true", help="let the model's folder bring its own code")
     two.set_defaults(run=_generate)
 
-    three = commands.add_parser("doctor", help="versions, devices, and which backends work here")
-    three.add_argument("--json", action="store_true", help="print the findings as JSON")
-    three.set_defaults(run=_doctor)
+    three = commands.add_parser("models", help="the model families that are known, as a Markdown table")
+    three.set_defaults(run=_models)
+
+    four = commands.add_parser("doctor", help="versions, devices, and which backends work here")
+    four.add_argument("--json", action="store_true", help="print the findings as JSON")
+    four.set_defaults(run=_doctor)
     return parser
 
 
@@ -87,6 +91,17 @@ def _generate(arguments) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     return 0
+
+
+def _models(arguments) -> int:
+    print(models_table())
+    return 0
+
+
+def models_table() -> str:
+    """The families as a Markdown table; README.md holds the same text."""
+    lines = ["| family | status | first usable layer from 1 on | notes |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in family_table())])
 
 
 def _doctor(arguments) -> int:

@@ -16,7 +16,7 @@ from eah_kernels import eah_attention
 
 PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 NEW_TOKENS = 12
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "native", "triton")
 IMAGE_SIZE, PATCH = 336, 14  # LLaVA-1.5's: 576 image tokens
 
 
