@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from contestants import check, contestants
+from contestants import check, contestants, published_eager
 from layers import CPU_LAYERS, LAYERS, Layer, make_inputs
 from machine import describe, results_folder
 
@@ -63,7 +63,34 @@ def measure(layer: Layer, dtype: torch.dtype, device: str, rounds: int, only: st
             row["median_ms"] = statistics.median(times)
             row["p20_ms"], row["p80_ms"] = times[len(times) // 5], times[len(times) * 4 // 5]
             row["tflops"] = layer.flops / row["median_ms"] / 1e9
+    if device == "cuda" and layer.length <= 1024:
+        add_graph_times([(row, contestant) for row, contestant, _ in running if "median_ms" in row], copies[0], rounds)
     return with_ratios(rows)
+
+
+def add_graph_times(running: list, inputs, rounds: int, replays: int = 20) -> None:
+    """graph_ms: one replay of a CUDA graph, without launch overhead; the eager form reads the host and has none."""
+    graphs = []
+    for row, contestant in running:
+        if contestant.run is published_eager:
+            continue
+        contestant.run(inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            contestant.run(inputs)
+        graphs.append((row, graph, []))
+    for _ in range(rounds + 1):
+        for _, graph, times in graphs:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(replays):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / replays)
+    for row, _, times in graphs:
+        row["graph_ms"] = statistics.median(times[1:])
 
 
 def timed(contestant, inputs, device: str) -> tuple[float, float | None]:
@@ -84,7 +111,11 @@ def timed(contestant, inputs, device: str) -> tuple[float, float | None]:
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
-    """Each median over that of plain SDPA (on a GPU its flash backend) and of the published form."""
+    """Each median over that of plain SDPA (on a GPU its flash backend) and of the published form; graphs likewise."""
+    graph = {row["contestant"]: row["graph_ms"] for row in rows if "graph_ms" in row}
+    for row in rows:
+        if "graph_ms" in row and "SDPA, flash" in graph:
+            row["graph_ratio_to_sdpa"] = row["graph_ms"] / graph["SDPA, flash"]
     medians = {row["contestant"]: row["median_ms"] for row in rows if "median_ms" in row}
     plain = medians.get("SDPA, flash") or medians.get("SDPA")
     eager = medians.get("eager EAH, as published")

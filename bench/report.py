@@ -34,6 +34,8 @@ def attention_table(file: Path, essential: bool) -> str:
     results = json.loads(file.read_text())
     lines = [heading(results, file), ""]
     columns = ["layer", "dtype", "contestant", "median ms", "to SDPA", "to eager EAH"]
+    graphs = any("graph_ms" in row for row in results["rows"])
+    columns += ["in a CUDA graph, to SDPA"] if graphs else []
     columns += [] if essential else ["p20-p80 ms", "TFLOP/s", "extra MiB"]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in results["rows"]:
@@ -41,9 +43,10 @@ def attention_table(file: Path, essential: bool) -> str:
             continue
         cells = [row["layer"], row["dtype"], row["contestant"]]
         if "not_timed" in row:
-            cells += [f"not timed: {row['not_timed']}", "", ""] + [""] * (0 if essential else 3)
+            cells += [f"not timed: {row['not_timed']}"] + [""] * (len(columns) - 4)
         else:
             cells += [f"{row['median_ms']:.3g}", number(row["ratio_to_sdpa"]), number(row["ratio_to_eager"])]
+            cells += [number(row.get("graph_ratio_to_sdpa"))] if graphs else []
             if not essential:
                 spread = f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}"
                 cells += [spread, f"{row['tflops']:.3g}", number(row.get("peak_extra_mib"))]

@@ -19,9 +19,9 @@ NATIVE = pytest.param("native", marks=pytest.mark.skipif(WHY_NOT_NATIVE is not N
 class Case:
     """One layer's attention. `image`: first, middle, last, scattered, all, or absent (in batch row 0).
 
-    `mask`: None; left or right (2-D padding); bool, bool_heads, bool_all (one for the batch), bias, bias_heads, bias_min
-    (finfo.min hides), bias_rows (whole rows hidden); `mask_dtype`: of a bias, where it is not query's. `layout`: bhsd,
-    bshd (transformers'), sliced (last dim strided) or expanded (one KV head for all).
+    `mask`: None; left or right (2-D padding); bool, bool_heads, bool_all (one for the batch), bias, bias_heads,
+    bias_min (finfo.min hides), bias_rows (whole rows hidden); `mask_dtype`: of a bias, where it is not query's.
+    `layout`: bhsd, bshd (transformers'), sliced (last dim strided) or expanded (one KV head for all).
     """
 
     q_len: int = 63
