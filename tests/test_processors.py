@@ -135,25 +135,34 @@ def tokenizer(special: dict):
     )
 
 
-def processed(family, pictures, texts):
-    """Model inputs; `texts` follow an image each."""
-    processor, image_processor, settings, special, placeholder, more = PROCESSORS[family]
+def image_processor_of(family):
+    _, image_processor, settings, *_ = PROCESSORS[family]
     try:
         images = getattr(transformers, f"{image_processor}ImageProcessorPil")(**settings)
     except ImportError:  # Idefics3 and SmolVLM in transformers 5.17
         pytest.skip(f"{image_processor}ImageProcessorPil of transformers {transformers.__version__} needs torchvision")
     if family == "paligemma":
         images.image_seq_length = 9
+    return images
+
+
+def processor_of(family):
+    processor, _, _, special, _, more = PROCESSORS[family]
+    return getattr(transformers, f"{processor}Processor")(image_processor_of(family), tokenizer(special), **more)
+
+
+def processed(family, pictures, texts):
+    """Model inputs; `texts` follow an image each."""
+    _, _, _, special, placeholder, _ = PROCESSORS[family]
     if family in NEED_TORCHVISION and not transformers.utils.is_torchvision_available():
         texts = [EXPANDED[placeholder] + text for text in texts]
         inputs = tokenizer(special)(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
-        inputs.update(images(pictures, return_tensors="pt"))
+        inputs.update(image_processor_of(family)(pictures, return_tensors="pt"))
         if "qwen" in family or "glm" in family:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
         return inputs
-    process = getattr(transformers, f"{processor}Processor")(images, tokenizer(special), **more)
     texts = [placeholder + text for text in texts]
-    return process(images=pictures, text=texts, padding=True, return_tensors="pt")
+    return processor_of(family)(images=pictures, text=texts, padding=True, return_tensors="pt")
 
 
 @pytest.mark.parametrize("family", PROCESSORS)

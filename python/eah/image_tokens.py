@@ -85,15 +85,18 @@ class ImageTokens:
             padding_mask=padding,
             own_mask=mask is not None and padding is None,
             has_cache=cache is not None,
-            by_embedding=input_ids is None and self.position_mask is None,
+            by_embedding=input_ids is None and self.position_mask is None and self.given_mask() is None,
         )
+
+    def given_mask(self) -> Tensor | None:
+        return self.given_masks.get(get_ident()) if self.given_masks else None
 
     def find(self, base, input_ids, tokens, kwargs) -> Tensor:
         """(B, S) bool: the mask that was given, else the placeholder tokens.
 
         Without ids, the embeddings that equal a placeholder's, as the models themselves find them.
         """
-        given = self.given_masks.get(get_ident()) if self.given_masks else None
+        given = self.given_mask()
         if given is not None:
             return _fitted(given.to(tokens.device), *tokens.shape[:2])
         if self.position_mask is not None:

@@ -157,11 +157,11 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
 
 def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill, kwargs) -> str | None:
     """The reason to leave this forward to the layer's own implementation, or None."""
-    if implementation not in HANDLED:
-        return f"the attention implementation {implementation!r} is not handled; handled are {', '.join(HANDLED)}"
     for name, reason in UNSUPPORTED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             return reason
+    if implementation not in HANDLED:
+        return f"the attention implementation {implementation!r} is not handled; handled are {', '.join(HANDLED)}"
     if prefill.stand_aside is not None:
         return prefill.stand_aside
     if kwargs.get("dropout"):
