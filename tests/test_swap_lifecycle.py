@@ -171,6 +171,23 @@ def test_report_before_during_and_after():
     assert handle.report() == report
 
 
+def test_history_keeps_the_last_prefills():
+    model = build("llava", layers=(0, 1))
+    reports = []
+    with eah.enable(model, layers=(0, 1), threshold=0.0, history=2) as handle:
+        assert handle.history == ()
+        for rows in (["abIcd"], ["abcde"], ["kIx", "abIcIef"]):
+            model.generate(**prompt("llava", rows), max_new_tokens=2, do_sample=False)
+            reports.append(handle.report())
+        assert handle.history == tuple(reports[1:])
+        logits(torch.compile(model, backend="eager"), **prompt("llava", ["abIcd"]))
+        assert handle.history == (reports[2], reports[0])
+    assert len(handle.history) == 2
+    with eah.enable(model) as handle:
+        logits(model, **prompt("llava", ["abIcd"]))
+        assert handle.history == ()
+
+
 @pytest.mark.parametrize(
     "argument, value, error, message",
     [
@@ -187,6 +204,8 @@ def test_report_before_during_and_after():
         ("threshold", "0.1", ValueError, "threshold must be a number >= 0, got '0.1'"),
         ("min_density", 1.5, ValueError, r"min_density must be a number in 0\.\.1, got 1.5"),
         ("decode", "hold", ValueError, "decode must be \"off\", got 'hold'"),
+        ("history", -1, ValueError, "history must be an int >= 0, got -1"),
+        ("history", True, ValueError, "history must be an int >= 0, got True"),
         ("backend", "cuda", ValueError, "backend must be one of .* got 'cuda'"),
     ],
 )

@@ -32,6 +32,7 @@ def enable(
     decode: str = "off",
     backend: str = "auto",
     video: bool = True,
+    history: int = 0,
 ) -> Handle:
     """Lets the head with the most vision sinks lend its attention map to its whole layer, at every prefill.
 
@@ -46,6 +47,7 @@ def enable(
         decode: what single-token steps do; "off" leaves them to the model's own attention.
         backend: as in `eah_kernels.eah_attention`.
         video: count the placeholder tokens of videos as image tokens, in families that have them.
+        history: how many prefills `handle.history` remembers. Under torch.compile it costs a graph break per layer.
 
     Returns:
         A `Handle`, also a context manager whose exit restores the model.
@@ -69,6 +71,8 @@ def enable(
     layers = _checked_layers(layers)
     if decode != "off":
         raise ValueError(f'decode must be "off", got {decode!r}')
+    if type(history) is not int or history < 0:
+        raise ValueError(f"history must be an int >= 0, got {history!r}")
     _check_knobs(model, threshold, min_density, backend)
     family = family_of(model)
     token_ids = image_token_ids(model, family or Family(), video)
@@ -77,7 +81,7 @@ def enable(
 
     register()
     settings = Settings(threshold, min_density, backend, tested=family is not None)
-    swapped = tuple(SwappedLayer(module, settings) for module in modules)
+    swapped = tuple(SwappedLayer(module, settings, history) for module in modules)
     hook = EnabledModel(model, family or Family(), token_ids, swapped, notes)
     hook.attach()
     return Handle(hook)
@@ -131,8 +135,17 @@ class Handle:
 
     def report(self) -> Report:
         """What the last prefill did in each layer, or why EAH stood aside. Waits for the device."""
-        layers = self._enabled.layers
-        reports = tuple(layer_report(layer.index, layer.record, layer.settings.min_density) for layer in layers)
+        return self._report([layer.record for layer in self._enabled.layers])
+
+    @property
+    def history(self) -> tuple[Report, ...]:
+        """The reports of the last prefills, oldest first, as many as `enable(history=...)` asked for."""
+        kept = [layer.history or () for layer in self._enabled.layers]
+        return tuple(self._report(records) for records in zip(*kept, strict=True))
+
+    def _report(self, records) -> Report:
+        layers = zip(self._enabled.layers, records, strict=True)
+        reports = tuple(layer_report(layer.index, record, layer.settings.min_density) for layer, record in layers)
         return Report(reports, self._enabled.notes)
 
     def image_mask(self, mask: torch.Tensor) -> AbstractContextManager[None]:

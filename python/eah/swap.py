@@ -8,6 +8,7 @@ layers. Where EAH does not apply, the layer's own implementation runs on exactly
 from __future__ import annotations
 
 import copy
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -50,14 +51,15 @@ class Settings(NamedTuple):
 
 
 class SwappedLayer:
-    """One attention module while EAH acts in it. `record` is the only thing that a forward changes."""
+    """One attention module while EAH acts in it. `record` and `history` are the only things that a forward changes."""
 
-    def __init__(self, module: nn.Module, settings: Settings):
+    def __init__(self, module: nn.Module, settings: Settings, history: int):
         self.module = module
         self.index = module.layer_idx
         self.settings = settings
         self.config = module.config
         self.record: Record | None = None
+        self.history: deque[Record] | None = deque(maxlen=history) if history else None
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -66,6 +68,11 @@ class SwappedLayer:
     @property
     def attached(self) -> bool:
         return getattr(self.module, "eah_layer", None) is self
+
+    def remember(self, record: Record, instead_of_last: bool = False) -> None:
+        self.record = record
+        if self.history is not None:
+            _append(self.history, record, instead_of_last)
 
     def attach(self) -> None:
         config = copy.copy(self.config)
@@ -76,6 +83,13 @@ class SwappedLayer:
     def detach(self) -> None:
         self.module.config = self.config
         del self.module.eah_layer
+
+
+@torch.compiler.disable  # a compiled forward would be compiled anew whenever the history grows
+def _append(history: deque[Record], record: Record, instead_of_last: bool) -> None:
+    if instead_of_last and history:
+        history.pop()
+    history.append(record)
 
 
 class ModuleView:
@@ -143,14 +157,14 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     q, k, v = _as_under_autocast(query, call.key, call.value)
     if not (_requires_grad(query, key, value, attention_mask) or _wants_maps(layer.config, implementation, kwargs)):
         result = eah_attention(q, k, v, call.image_mask, min_density=min_density, **knobs)
-        layer.record = Record(result.head, result.sink_counts, call.image_mask, by_embedding=prefill.by_embedding)
+        layer.remember(Record(result.head, result.sink_counts, call.image_mask, by_embedding=prefill.by_embedding))
         return result.output.transpose(1, 2), None
 
     # For gradients, and for the maps, the base implementation runs on the chosen head's query and key.
     with torch.no_grad():
         counts = sink_statistics(q, k, call.image_mask, **knobs).sink_counts
         head = select_head(counts, call.image_mask, min_density)
-    layer.record = Record(head, counts, call.image_mask, by_embedding=prefill.by_embedding)
+    layer.remember(Record(head, counts, call.image_mask, by_embedding=prefill.by_embedding))
     query, key, attention_mask = lend(head, query, key, attention_mask)
     return base(view, query, key, value, attention_mask, **kwargs)
 
@@ -241,9 +255,9 @@ def _dense(block_mask, device) -> Tensor:
 def _stand_aside(layer: SwappedLayer, reason: str) -> None:
     last = layer.record
     if reason == CACHED and last is not None:  # the prefill before stays on record
-        layer.record = last._replace(afterwards=reason)
+        layer.remember(last._replace(afterwards=reason), instead_of_last=True)
     else:
-        layer.record = Record(stood_aside=reason)
+        layer.remember(Record(stood_aside=reason))
 
 
 def _plain_causal(config, kwargs) -> bool:
