@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eah_kernels import eah_attention, native, reference, shared_map_attention, sink_statistics
+from eah_kernels import EAHResult, eah_attention, native, reference, shared_map_attention, sink_statistics
 from eah_kernels.masks import Scoring
 
 WHY_NOT_NATIVE = native.why_not()
@@ -159,6 +159,16 @@ def exact(inputs: Inputs, threshold: float | None = None):
         wide.query, wide.key, wide.value, wide.image_mask, threshold, 0.0, scoring, torch.float64
     )
     return output, head, counts, lse, mean, threshold
+
+
+def run(inputs: Inputs, threshold: float, backend: str) -> EAHResult:
+    options = dict(attention_mask=inputs.attention_mask, backend=backend, **inputs.rules)
+    return eah_attention(inputs.query, inputs.key, inputs.value, inputs.image_mask, threshold=threshold, **options)
+
+
+def column_mean(inputs: Inputs, backend: str) -> Tensor:
+    options = dict(attention_mask=inputs.attention_mask, backend=backend, **inputs.rules)
+    return sink_statistics(inputs.query, inputs.key, inputs.image_mask, return_column_mean=True, **options).column_mean
 
 
 def assert_close(out: Tensor, ref: Tensor, plain: Tensor) -> None:

@@ -1,10 +1,12 @@
 """What only a GPU can show: bfloat16, long prompts, CUDA graphs, no host synchronisation, addresses past 32 bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from eah_kernels import eah_attention
-from support import Case, check, exact, make
+from support import Case, check, exact, make, run
 from test_backends import LONG, MASKS, SHAPES
 
 pytestmark = pytest.mark.gpu
@@ -29,33 +31,20 @@ def test_long_prompts(case, dtype):
     check(case, "triton", dtype, "cuda")
 
 
-def run(inputs, threshold):
-    return eah_attention(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.image_mask,
-        threshold=threshold,
-        attention_mask=inputs.attention_mask,
-        backend="triton",
-        **inputs.rules,
-    )
-
-
 @pytest.mark.parametrize("mask", [None, "left", "bias"])
 def test_no_host_synchronisation_and_graph_capture(mask):
     inputs = make(Case(q_len=648, heads=8, kv_heads=2, dim=128, mask=mask, image="absent"), torch.float16, "cuda")
     threshold = exact(inputs)[-1]
-    expected = run(inputs, threshold)
+    expected = run(inputs, threshold, "triton")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(inputs, threshold)
+        run(inputs, threshold, "triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(inputs, threshold)
+        captured = run(inputs, threshold, "triton")
     for tensor in captured:
         tensor.fill_(7)
     graph.replay()
@@ -66,7 +55,7 @@ def test_no_host_synchronisation_and_graph_capture(mask):
     )
     inputs.query.copy_(other.query)
     inputs.image_mask.copy_(other.image_mask)
-    expected = run(inputs, threshold)
+    expected = run(inputs, threshold, "triton")
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
@@ -78,7 +67,7 @@ def test_addresses_past_32_bits():
     case = Case(q_len=200, dim=64, heads=4, kv_heads=4)
     inputs = make(case, torch.float16, "cuda")
     threshold = exact(inputs)[-1]
-    expected = run(inputs, threshold)
+    expected = run(inputs, threshold, "triton")
     memory = torch.empty(2**32 + 2**22, dtype=torch.float16, device="cuda")
     for name, strides in {
         "query": (2**31 + 64, 2**18, 64, 1),
@@ -86,7 +75,7 @@ def test_addresses_past_32_bits():
         "value": (2**31 + 64, 2**29 + 64, 64, 1),
     }.items():
         far = memory.as_strided((2, 4, 200, 64), strides).copy_(getattr(inputs, name))
-        moved = run(type(inputs)(**{**vars(inputs), name: far}), threshold)
+        moved = run(replace(inputs, **{name: far}), threshold, "triton")
         assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)), name
 
 

@@ -3,34 +3,10 @@
 import pytest
 import torch
 
-from eah_kernels import eah_attention, select_head, sink_statistics
-from support import NATIVE, Case, exact, make
+from eah_kernels import select_head, sink_statistics
+from support import NATIVE, Case, column_mean, exact, make, run
 
 BACKENDS = ["reference", "torch", "triton", NATIVE]
-
-
-def run(inputs, threshold, backend):
-    result = eah_attention(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.image_mask,
-        threshold=threshold,
-        attention_mask=inputs.attention_mask,
-        backend=backend,
-        **inputs.rules,
-    )
-    mean = sink_statistics(
-        inputs.query,
-        inputs.key,
-        inputs.image_mask,
-        threshold=threshold,
-        attention_mask=inputs.attention_mask,
-        return_column_mean=True,
-        backend=backend,
-        **inputs.rules,
-    ).column_mean
-    return result, mean
 
 
 def hidden_keys(inputs):
@@ -64,10 +40,10 @@ def test_hidden_keys_reach_nothing(backend, case, poison, kernel_device):
     hidden = hidden_keys(inputs)
     assert hidden.any()
     threshold = exact(inputs)[-1]
-    clean, clean_mean = run(inputs, threshold, backend)
+    clean, clean_mean = run(inputs, threshold, backend), column_mean(inputs, backend)
     for tensor in (inputs.key, inputs.value):
         tensor.masked_fill_(hidden[:, None, :, None], poison)
-    dirty, dirty_mean = run(inputs, threshold, backend)
+    dirty, dirty_mean = run(inputs, threshold, backend), column_mean(inputs, backend)
     assert torch.equal(clean.output, dirty.output)
     assert torch.equal(clean.sink_counts, dirty.sink_counts)
     assert torch.equal(clean_mean, dirty_mean)
@@ -79,9 +55,9 @@ def test_rows_that_do_not_count_touch_no_statistic(backend, mask, kernel_device)
     inputs = make(Case(mask=mask, q_len=70), device=kernel_device)
     counting = inputs.scoring.counting_rows(70, 70, inputs.query.device).expand(2, 1, 70)[:, 0]
     threshold = exact(inputs)[-1]
-    clean, clean_mean = run(inputs, threshold, backend)
+    clean, clean_mean = run(inputs, threshold, backend), column_mean(inputs, backend)
     inputs.query.masked_fill_(~counting[:, None, :, None], torch.nan)
-    dirty, dirty_mean = run(inputs, threshold, backend)
+    dirty, dirty_mean = run(inputs, threshold, backend), column_mean(inputs, backend)
     assert torch.equal(clean.sink_counts, dirty.sink_counts) and torch.equal(clean.head, dirty.head)
     assert torch.equal(clean_mean, dirty_mean)
     rows = counting[:, None, :, None].expand_as(clean.output)
@@ -98,7 +74,7 @@ def test_blind_rows_give_zero(backend, mask, threshold, kernel_device):
     visible = inputs.scoring.visible(70, 70, inputs.query.device, everything, everything)
     blind = ~visible.any(-1).expand(2, 4, 70)
     assert blind.any()
-    result, _ = run(inputs, exact(inputs)[-1] if threshold is None else threshold, backend)
+    result = run(inputs, exact(inputs)[-1] if threshold is None else threshold, backend)
     assert result.output[blind].eq(0).all() and not result.output.isnan().any()
     lse = sink_statistics(
         inputs.query, inputs.key, inputs.image_mask, attention_mask=inputs.attention_mask, backend=backend
@@ -110,11 +86,11 @@ def test_blind_rows_give_zero(backend, mask, threshold, kernel_device):
 def test_ties_go_to_the_lower_head(backend, kernel_device):
     inputs = make(Case(q_len=40, heads=4, kv_heads=2), device=kernel_device)
     inputs.query[:, 3] = inputs.query[:, 2]  # the same KV head: the same map
-    counts = run(inputs, exact(inputs)[-1], backend)[0].sink_counts
+    counts = run(inputs, exact(inputs)[-1], backend).sink_counts
     assert torch.equal(counts[:, 2], counts[:, 3])
     inputs.query[:, :2] = 0  # two uniform maps, and a threshold just above their column means
     mean = exact(inputs)[4]
-    result, _ = run(inputs, 1.01 * mean[:, :2].max().item(), backend)
+    result = run(inputs, 1.01 * mean[:, :2].max().item(), backend)
     assert result.sink_counts[0, 2] == result.sink_counts[0, 3] > 0
     assert result.head.tolist() == [2, 2]
 
