@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eah_kernels import eah_attention, shared_map_attention, sink_statistics
+from eah_kernels.masks import Scoring
+from eah_kernels.reference import attention_maps
 from layers import Inputs, Layer, make_inputs
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # outputs of values drawn from N(0, 1)
@@ -24,7 +27,7 @@ SDPA = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """computes: "eah" (output, head, counts), "attention" (output), "statistics" (counts), or "shared map" (output)."""
+    """computes: "eah" (output, head, counts), "attention", "shared map" (output), "statistics" (counts), "column sums"."""
 
     name: str
     computes: str
@@ -88,6 +91,16 @@ def flex_attention() -> Callable[[Inputs], Tensor]:
     return run
 
 
+def flash_colreduce(inputs: Inputs) -> Tensor:
+    """Column sums of every head's map, diagonal included, by the package of that name (PyPI)."""
+    from flash_colreduce import flash_colreduce
+
+    if inputs.attention_mask is not None:
+        raise RuntimeError("measured without padding only")
+    key = inputs.key.repeat_interleave(inputs.query.shape[1] // inputs.key.shape[1], 1)
+    return flash_colreduce(inputs.query, key, "sum", is_causal=True)
+
+
 def contestants(device: str) -> list[Contestant]:
     """Everything that may be measured on a device; what cannot run there says so when it is checked."""
     found = [Contestant("eager EAH, as published", "eah", published_eager)]
@@ -96,6 +109,8 @@ def contestants(device: str) -> list[Contestant]:
     else:
         found += [Contestant(name, "attention", sdpa(backend)) for name, backend in SDPA.items()]
         found.append(Contestant("FlexAttention", "attention", flex_attention()))
+        if find_spec("flash_colreduce"):
+            found.append(Contestant("flash-colreduce", "column sums", flash_colreduce))
     for backend in ("torch", "native") if device == "cpu" else ("triton",):
         found += ours(backend)
     return found
@@ -134,6 +149,10 @@ def check(contestant: Contestant, layer: Layer, dtype: torch.dtype, device: str)
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if contestant.computes == "statistics":
         return None if torch.equal(result, expected.sink_counts) else "other sink counts than the reference"
+    if contestant.computes == "column sums":
+        maps, _, _ = attention_maps(inputs.query, inputs.key, Scoring(scale=layer.dim**-0.5))
+        error = (result - maps.sum(-2)).abs().max().item()
+        return None if error <= 10 * TOLERANCE[dtype] else f"an error of {error:.1e} against the reference"
     output, wanted = result, expected.output
     if contestant.computes == "eah":
         output, head, counts = result

@@ -39,7 +39,7 @@ def attention_table(file: Path, essential: bool) -> str:
     columns += [] if essential else ["p20-p80 ms", "TFLOP/s", "extra MiB"]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in results["rows"]:
-        if essential and row["computes"] in ("statistics", "shared map"):
+        if essential and row["computes"] not in ("eah", "attention"):
             continue
         cells = [row["layer"], row["dtype"], row["contestant"]]
         if "not_timed" in row:
