@@ -27,7 +27,7 @@ SDPA = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """computes: "eah" (output, head, counts), "attention", "shared map" (output), "statistics" (counts), "column sums"."""
+    """computes: "eah" (output, head, counts), "attention", "shared map", "statistics" (counts) or "column sums"."""
 
     name: str
     computes: str
