@@ -29,29 +29,48 @@ def heading(results: dict, file: Path) -> str:
     return f"Measured: {results['device']}; {versions}; {code}"
 
 
-def attention_table(file: Path, essential: bool) -> str:
-    """One line a layer, dtype and contestant; `essential`: without the parts and the median's spread."""
+def attention_table(file: Path) -> str:
+    """One line a layer, dtype and contestant: everything that was measured."""
     results = json.loads(file.read_text())
-    lines = [heading(results, file), ""]
-    columns = ["layer", "dtype", "contestant", "median ms", "to SDPA", "to eager EAH"]
-    graphs = any("graph_ms" in row for row in results["rows"])
-    columns += ["in a CUDA graph, to SDPA"] if graphs else []
-    columns += [] if essential else ["p20-p80 ms", "TFLOP/s", "extra MiB"]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    columns = ["layer", "dtype", "contestant", "median ms", "p20-p80 ms", "to SDPA", "to eager EAH"]
+    columns += ["in a CUDA graph, to SDPA", "TFLOP/s", "extra MiB"]
+    lines = [heading(results, file), "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in results["rows"]:
-        if essential and row["computes"] not in ("eah", "attention"):
-            continue
         cells = [row["layer"], row["dtype"], row["contestant"]]
         if "not_timed" in row:
             cells += [f"not timed: {row['not_timed']}"] + [""] * (len(columns) - 4)
         else:
-            cells += [f"{row['median_ms']:.3g}", number(row["ratio_to_sdpa"]), number(row["ratio_to_eager"])]
-            cells += [number(row.get("graph_ratio_to_sdpa"))] if graphs else []
-            if not essential:
-                spread = f"{row['p20_ms']:.3g}-{row['p80_ms']:.3g}"
-                cells += [spread, f"{row['tflops']:.3g}", number(row.get("peak_extra_mib"))]
+            cells += [figure(row["median_ms"]), f"{figure(row['p20_ms'])}-{figure(row['p80_ms'])}"]
+            cells += [
+                number(row["ratio_to_sdpa"]),
+                number(row["ratio_to_eager"]),
+                number(row.get("graph_ratio_to_sdpa")),
+            ]
+            cells += [f"{row['tflops']:.3g}", number(row.get("peak_extra_mib"))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def essential_table(file: Path) -> str:
+    """One line a layer and dtype, a column a contestant: medians over plain SDPA's, losing ones included."""
+    results = json.loads(file.read_text())
+    rows = [row for row in results["rows"] if row["computes"] in ("eah", "attention")]
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    names.sort(key=lambda name: not name.startswith("SDPA"))
+    lines = [heading(results, file), ""]
+    lines += [f"| layer | dtype | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
+    for layer, dtype in dict.fromkeys((row["layer"], row["dtype"]) for row in rows):
+        of_layer = {r["contestant"]: r for r in rows if (r["layer"], r["dtype"]) == (layer, dtype)}
+        cells = [essential_cell(of_layer[name]) if name in of_layer else "" for name in names]
+        lines.append(f"| {layer} | {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def essential_cell(row: dict) -> str:
+    if "not_timed" in row:
+        return "not timed"
+    milliseconds, ratio = f"{figure(row['median_ms'])} ms", row["ratio_to_sdpa"]
+    return milliseconds if ratio in (None, 1) else f"{ratio:.2f} ({milliseconds})"
 
 
 def model_table(file: Path) -> str:
@@ -68,12 +87,18 @@ def model_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+def figure(value: float) -> str:
+    """Three figures, and no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
 def tables(folder: Path, essential: bool) -> str:
-    parts = [attention_table(folder / "attention.json", essential)]
+    table = essential_table if essential else attention_table
+    parts = [table(folder / "attention.json")]
     if (folder / "model.json").exists():
         parts.append(model_table(folder / "model.json"))
     return "\n\n".join(parts)
@@ -94,7 +119,7 @@ def chart(folder: Path) -> Path:
     results = json.loads((folder / "attention.json").read_text())
     rows = [row for row in results["rows"] if row.get("ratio_to_sdpa") and row["computes"] in ("eah", "attention")]
     labels = [f"{row['layer']}, {row['dtype']}: {row['contestant']}" for row in rows]
-    figure, axes = plt.subplots(figsize=(11, 0.24 * len(rows) + 1.5), layout="constrained")
+    canvas, axes = plt.subplots(figsize=(11, 0.24 * len(rows) + 1.5), layout="constrained")
     colours = ["tab:blue" if row["computes"] == "eah" else "lightgrey" for row in rows]
     axes.barh(labels, [row["ratio_to_sdpa"] for row in rows], color=colours)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -103,8 +128,8 @@ def chart(folder: Path) -> Path:
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel(f"time over plain SDPA (log scale; lower is better); {results['device']}")
     file = folder / "attention.png"
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    canvas.savefig(file, dpi=110)
+    plt.close(canvas)
     return file
 
 
