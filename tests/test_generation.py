@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -201,6 +203,22 @@ def test_blip_without_a_prompt():
     with torch.no_grad(), eah.enable(model, threshold=0.02) as handle:
         model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=3, do_sample=False)
     assert [row.image_tokens for row in handle.report().layers[0].rows] == [9, 9]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("family", ["instructblip", "kosmos-2"])
+def test_copies_of_models_with_an_inner_generate(family, how):
+    model, inputs = build_family(family), family_prompt(family, ["abIcdefghi", "abcIde"])
+    plain = generated(model, inputs)
+    with eah.enable(model, threshold=0.02):
+        twin = how(model)
+        want = generated(model, inputs)
+    assert torch.equal(generated(twin, inputs), want) and not torch.equal(want, plain)
+    handle = eah.Handle.of(twin)
+    assert [row.image_tokens for row in handle.report().layers[0].rows] == [9, 9]
+    handle.disable()
+    assert torch.equal(generated(twin, inputs), plain)
+    assert "generate" not in vars(twin)
 
 
 def test_weights_on_disk(tmp_path):

@@ -94,7 +94,8 @@ class EnabledModel(ImageTokens):
         super().__init__(token_ids, family.position_mask, layers[0].index)
         self.layers = layers
         self.notes = notes
-        self.inner_generate = InnerGenerate(model, family.inner_generate, self) if family.inner_generate else None
+        inner = family.inner_generate if model.can_generate() else None
+        self.inner_generate = InnerGenerate(model, inner, self) if inner else None
         self.base = model.base_model
         self.removals: list[torch.utils.hooks.RemovableHandle] = []
 

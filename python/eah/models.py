@@ -185,16 +185,19 @@ def attention_modules(model, layers: tuple[int, ...], may_move: bool = False) ->
         if isinstance(index, int) and hasattr(module, "config") and _calls_attention_interface(type(module)):
             found.setdefault(index, []).append(module)
     usable = {index: modules[0] for index, modules in found.items() if len(modules) == 1 and _sees_all_keys(modules[0])}
-    first = min((index for index in usable if index >= 1), default=min(usable, default=None))
-    if may_move and first is not None:
+    if not usable:
+        raise UnsupportedModelError(f"no layer of {named(model)} has an attention map that can be replaced")
+    first = min((index for index in usable if index >= 1), default=min(usable))
+    if may_move:
         layers = tuple(layer if layer in usable else first for layer in layers)
     count = decoder.config.num_hidden_layers
     for layer in layers:
         if not 0 <= layer < count:
             raise ValueError(f"layers must be within 0..{count - 1} for {named(model)}, got {layer}")
         if layer not in usable:
-            where = "no layer of it has one" if first is None else f"the first usable layer is {first}"
-            raise UnsupportedModelError(f"layer {layer} of {named(model)} has no attention map to replace; {where}")
+            raise UnsupportedModelError(
+                f"layer {layer} of {named(model)} has no attention map to replace; the first usable layer is {first}"
+            )
     return [usable[layer] for layer in layers]
 
 
