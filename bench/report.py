@@ -120,7 +120,8 @@ def chart(folder: Path) -> Path:
     rows = [row for row in results["rows"] if row.get("ratio_to_sdpa") and row["computes"] in ("eah", "attention")]
     labels = [f"{row['layer']}, {row['dtype']}: {row['contestant']}" for row in rows]
     canvas, axes = plt.subplots(figsize=(11, 0.24 * len(rows) + 1.5), layout="constrained")
-    colours = ["tab:blue" if row["computes"] == "eah" else "lightgrey" for row in rows]
+    colour = {"SDPA": "lightgrey", "Flex": "lightgrey", "eager": "tab:orange", "EAH": "tab:blue"}
+    colours = [next(c for name, c in colour.items() if row["contestant"].startswith(name)) for row in rows]
     axes.barh(labels, [row["ratio_to_sdpa"] for row in rows], color=colours)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
