@@ -78,6 +78,21 @@ def test_generation(family):
     assert torch.equal(torch.stack(again.logits), torch.stack(plain.logits))
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "paligemma", "kimi_k25", "kosmos-2", "llama4"])
+def test_attention_maps_are_those_used(family):
+    model, inputs = built(family, attn="eager"), prompt(family, *PROMPTS["left padding"])
+    oracle = oracle_for(family, model, inputs)
+    with torch.no_grad():
+        plain = model(**inputs, output_attentions=True).attentions[1]
+        with eah.enable(model, threshold=oracle.threshold):
+            got = model(**inputs, output_attentions=True)
+    want = oracle(**inputs)
+    for row, head in enumerate(oracle.head.tolist()):
+        real = inputs["attention_mask"][row].bool()
+        torch.testing.assert_close(got.logits[row][real], want[row][real], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got.attentions[1][row][:, real], plain[row, head][real].expand(4, -1, -1))
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_nothing_is_left_behind(family, tmp_path):
     model = built(family)
