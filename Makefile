@@ -3,7 +3,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo test lint resources bench bench-device clean
+.PHONY: demo test sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
@@ -25,6 +25,16 @@ bench: $(INSTALLED)
 
 bench-device:
 	bash bench/device.sh
+
+# The native kernels built for the sanitizers, all CPU capabilities, under their conformance tests.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+sanitize: $(INSTALLED)
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" EAH_BUILD=cpu $(VENV)/bin/python setup.py -q \
+	    build --build-base build/sanitize --build-lib build/sanitize/lib
+	grep -q __asan_ build/sanitize/lib/eah_kernels/_C.abi3.so
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 $(VENV)/bin/python -m pytest -o pythonpath="build/sanitize/lib python tests" \
+	    tests/test_native.py tests/test_backends.py tests/test_hidden.py -k "native and not setup and not missing"
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from setuptools import Extension, setup
 
 CPU_SOURCE = "csrc/cpu/attention.cpp"
-FLAGS = ["-O3", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS = ["-O3", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 CAPABILITIES = {
     "DEFAULT": [],
@@ -59,10 +59,9 @@ def native_extension() -> dict:
         "eah_kernels._C",
         ["csrc/bindings.cpp"],
         extra_compile_args=FLAGS,
-        extra_link_args=["-s"],
+        extra_link_args=["-Wl,--strip-debug"],
         py_limited_api=True,
-        define_macros=[("Py_LIMITED_API", "0x030a0000")],
-        depends=[CPU_SOURCE, "csrc/cpu/attention.h"],
+        depends=[CPU_SOURCE, *(f"csrc/cpu/{name}.h" for name in ("attention", "rules", "tiles"))],
     )
     extension.optional = wanted is None
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}

@@ -42,7 +42,7 @@ def test_the_number_of_threads_changes_no_bit(dtype):
 
 CONFORMANCE = """
 import sys, torch
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = [{tests!r}, {package!r}]
 from support import Case, check
 assert torch.backends.cpu.get_cpu_capability() == {capability!r}
 torch.set_num_threads(2)
@@ -58,7 +58,8 @@ def test_older_processors(capability):
     """The builds for processors without AVX-512, and without oneDNN's products where torch has none for them."""
     if capability != "DEFAULT" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip(f"this processor has no {capability}")
-    code = CONFORMANCE.format(tests=str(ROOT / "tests"), root=str(ROOT), capability=capability)
+    package = Path(native.__file__).parents[1]
+    code = CONFORMANCE.format(tests=str(ROOT / "tests"), package=str(package), capability=capability)
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability.lower()}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -138,7 +139,7 @@ def test_a_build_for_another_torch_is_refused():
         (None, "no-such-compiler", None),
     ],
 )
-def test_what_a_build_does(build, compiler, error):
+def test_what_setup_builds(build, compiler, error):
     asked = {"EAH_BUILD": build, "CXX": compiler}
     environment = {k: v for k, v in os.environ.items() if k not in asked}
     environment |= {k: v for k, v in asked.items() if v is not None}

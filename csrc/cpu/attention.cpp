@@ -5,236 +5,17 @@
 // oneDNN's micro-kernels through ATen: float32, or bfloat16 with float32 sums where the processor multiplies bfloat16.
 // A work item's result depends on nothing but its inputs, so the number of threads changes no bit.
 
-#include "attention.h"
+#include "rules.h"
 
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <ATen/native/CPUBlas.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
 namespace eah::CPU_CAPABILITY {
 namespace {
-
-using at::BFloat16;
-using at::Half;
-using Vec = at::vec::Vectorized<float>;
-
-constexpr int64_t ROWS = 64;
-constexpr int64_t KEYS = 64;
-constexpr int64_t TILE = ROWS * KEYS;
-constexpr int64_t CHUNKS = 4;  // of a head's row blocks in the statistics: a constant, so that sums keep their order
-constexpr float INF = std::numeric_limits<float>::infinity();
-
-int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
-int64_t tiles(int64_t n) {
-  return (n + KEYS - 1) / KEYS;
-}
-
-// Aligned memory, not initialised.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : memory_(c10::GetCPUAllocator()->allocate(n * sizeof(T))) {}
-  T* data() const {
-    return static_cast<T*>(memory_.get());
-  }
-
- private:
-  c10::DataPtr memory_;
-};
-
-// Calls run(item, scratch) for items 0..n-1, each once, on whichever thread is free.
-template <typename MakeScratch, typename Run>
-void for_each_item(int64_t n, const MakeScratch& make_scratch, const Run& run) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    auto scratch = make_scratch();
-    for (int64_t item = next++; item < n; item = next++) {
-      run(item, scratch);
-    }
-    at::native::cpublas::brgemm_release();
-  });
-}
-
-// C (m, n) = A (m, k) B, or += with add. B is (k, n), for bfloat16 (k / 2, n, 2).
-template <typename T>
-void multiply(int64_t m, int64_t n, int64_t k, const T* a, const T* b, float* c, bool add) {
-  at::native::cpublas::brgemm(m, n, k, k, n, n, add, a, b, c, !std::is_same_v<T, float>);
-}
-
-// Rows first..first+rows of head h as (rows, ld), ld >= dim, zero beyond dim.
-template <typename S, typename T>
-void load_as(T* to, int64_t ld, const Operand& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim) {
-  const S* from = static_cast<const S*>(x.data) + b * x.strides[0] + h * x.strides[1] + first * x.strides[2];
-  for (int64_t r = 0; r < rows; ++r, from += x.strides[2], to += ld) {
-    if (x.strides[3] == 1) {
-      at::vec::convert(from, to, dim);
-    } else {
-      for (int64_t d = 0; d < dim; ++d) {
-        to[d] = static_cast<T>(from[d * x.strides[3]]);
-      }
-    }
-    std::fill(to + dim, to + ld, T(0));
-  }
-}
-
-template <typename T>
-void load(T* to, int64_t ld, const Operand& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    load_as<BFloat16>(to, ld, x, b, h, first, rows, dim);
-  } else if (x.dtype == at::kFloat) {
-    load_as<float>(to, ld, x, b, h, first, rows, dim);
-  } else if (x.dtype == at::kBFloat16) {
-    load_as<BFloat16>(to, ld, x, b, h, first, rows, dim);
-  } else {
-    load_as<Half>(to, ld, x, b, h, first, rows, dim);
-  }
-}
-
-// Lengths of the inner dimensions as the products want them: pairs for bfloat16, whole vectors of values.
-template <typename T>
-int64_t padded_dim(int64_t dim) {
-  return round_up(dim, 4 / sizeof(T));
-}
-
-int64_t padded_value_dim(int64_t dim) {
-  return round_up(dim, 16);
-}
-
-// Key tiles of one head, each transposed: (tiles, D, 64), for bfloat16 (tiles, D / 2, 64, 2): 32-bit units either way.
-template <typename T>
-void pack_keys(T* packed, const Problem& p, int64_t b, int64_t h, int64_t tile, T* scratch) {
-  const int64_t first = tile * KEYS, rows = std::min(KEYS, p.kv_len - first), ld = padded_dim<T>(p.dim);
-  const int64_t units = ld * sizeof(T) / 4;
-  load(scratch, ld, p.key, b, h, first, rows, p.dim);
-  std::fill(scratch + rows * ld, scratch + KEYS * ld, T(0));
-  at::vec::transpose_mxn<float>(
-      reinterpret_cast<const float*>(scratch), units, reinterpret_cast<float*>(packed + tile * KEYS * ld), KEYS,
-      static_cast<int>(KEYS), static_cast<int>(units));
-}
-
-// Value tiles of one head, (tiles, 64, Dv), for bfloat16 (tiles, 32, Dv, 2); zero where no row sees the key.
-template <typename T>
-void pack_values(
-    T* packed, const Operand& value, int64_t value_dim, int64_t kv_len, const uint8_t* seen, int64_t b, int64_t h,
-    int64_t tile, T* scratch) {
-  const int64_t first = tile * KEYS, rows = std::min(KEYS, kv_len - first), ld = padded_value_dim(value_dim);
-  packed += tile * KEYS * ld;
-  T* plain = std::is_same_v<T, float> ? packed : scratch;
-  load(plain, ld, value, b, h, first, rows, value_dim);
-  for (int64_t r = 0; r < KEYS; ++r) {
-    if (r >= rows || !seen[first + r]) {
-      std::fill_n(plain + r * ld, ld, T(0));
-    }
-  }
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    for (int64_t r = 0; r < KEYS; r += 2, packed += 2 * ld) {
-      const BFloat16 *even = plain + r * ld, *odd = even + ld;
-      for (int64_t d = 0; d < ld; ++d) {
-        packed[2 * d] = even[d];
-        packed[2 * d + 1] = odd[d];
-      }
-    }
-  }
-}
-
-// The keys a row can see by its position, [first, last).
-struct Span {
-  int64_t first, last;
-};
-
-Span span_of(const Problem& p, int64_t row) {
-  const int64_t position = row + p.kv_len - p.q_len;
-  const int64_t first = p.scoring.window ? std::max<int64_t>(0, position - p.scoring.window + 1) : 0;
-  return {first, p.scoring.causal ? position + 1 : p.kv_len};
-}
-
-// What the mask adds to row `row`'s scores of a tile's keys, -inf where it hides the key.
-template <typename S>
-void bias_as(float* bias, const Operand& mask, int64_t offset, int64_t n) {
-  const S* from = static_cast<const S*>(mask.data) + offset;
-  const int64_t stride = mask.strides[3];
-  for (int64_t j = 0; j < n; ++j) {
-    const S entry = from[j * stride];
-    if constexpr (std::is_same_v<S, bool>) {
-      bias[j] = entry ? 0.f : -INF;
-    } else {
-      using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
-      const Wide wide = static_cast<Wide>(entry);
-      bias[j] = wide > static_cast<Wide>(std::numeric_limits<S>::lowest()) / 2 ? static_cast<float>(wide) : -INF;
-    }
-  }
-}
-
-void mask_bias(float* bias, const Problem& p, int64_t b, int64_t h, int64_t row, int64_t tile) {
-  const Operand& mask = p.scoring.mask;
-  const int64_t first = tile * KEYS, n = std::min(KEYS, p.kv_len - first);
-  const int64_t offset =
-      b * mask.strides[0] + h * mask.strides[1] + row * mask.strides[2] + first * mask.strides[3];
-  switch (mask.dtype) {
-    case at::kBool: return bias_as<bool>(bias, mask, offset, n);
-    case at::kHalf: return bias_as<Half>(bias, mask, offset, n);
-    case at::kBFloat16: return bias_as<BFloat16>(bias, mask, offset, n);
-    case at::kFloat: return bias_as<float>(bias, mask, offset, n);
-    default: return bias_as<double>(bias, mask, offset, n);
-  }
-}
-
-// Who sees whom, by key and by row, for one batch row and mask head.
-struct Visibility {
-  std::vector<uint8_t> counting;  // (Sq): the row sees its own key
-  std::vector<int32_t> seen_by;   // (Skv): counting rows that see the key, its own row left out
-  std::vector<uint8_t> seen;      // (Skv): some row sees the key
-};
-
-Visibility visibility(const Problem& p, int64_t b, int64_t h) {
-  Visibility v{std::vector<uint8_t>(p.q_len), std::vector<int32_t>(p.kv_len), std::vector<uint8_t>(p.kv_len)};
-  const int64_t offset = p.kv_len - p.q_len;
-  const bool masked = p.scoring.mask.data != nullptr;
-  for (int64_t row = std::max<int64_t>(0, -offset); row < p.q_len; ++row) {
-    const int64_t own = row + offset;
-    float bias[KEYS] = {};
-    if (masked) {
-      mask_bias(bias, p, b, h, row, own / KEYS);
-    }
-    v.counting[row] = bias[own % KEYS] > -INF;
-  }
-  at::parallel_for(0, tiles(p.kv_len), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t start = tile * KEYS, stop = std::min(p.kv_len, start + KEYS);
-      for (int64_t row = 0; row < p.q_len; ++row) {
-        const Span span = span_of(p, row);
-        const int64_t from = std::max(span.first, start), to = std::min(span.last, stop), own = row + offset;
-        float bias[KEYS] = {};
-        if (masked && from < to) {
-          mask_bias(bias, p, b, h, row, tile);
-        }
-        const int32_t counts = v.counting[row];
-        for (int64_t j = from; j < to; ++j) {
-          const bool sees = bias[j - start] > -INF;
-          v.seen[j] |= sees;
-          v.seen_by[j] += counts & sees;
-        }
-        if (counts && own >= start && own < stop) {
-          v.seen_by[own] -= 1;
-        }
-      }
-    }
-  });
-  return v;
-}
 
 // One thread's row block: scores of the block's key tiles, (tiles, 64, 64), and what the rows' softmax needs.
 template <typename T>
@@ -262,32 +43,34 @@ void finish_scores(float* score, float* maxima, const Problem& p, int64_t b, int
   const Scoring& scoring = p.scoring;
   const Vec hidden(-INF), scale(scoring.softcap ? scoring.scale / scoring.softcap : scoring.scale);
   const int64_t start = tile * KEYS;
-  for (int64_t r = 0; r < rows; ++r, score += KEYS) {
+  float bias[KEYS] = {};
+  for (int64_t r = 0; r < rows; ++r, score += KEYS, maxima += Vec::size()) {
+    const Span span = span_of(p, row0 + r);
+    const int64_t from = std::clamp<int64_t>(span.first - start, 0, KEYS);
+    const int64_t to = std::clamp<int64_t>(span.last - start, from, KEYS);
+    if (scoring.mask.data && (r == 0 || scoring.mask.strides[2] != 0)) {
+      mask_bias(bias, p, b, h, row0 + r, tile);
+    }
+    Vec top = Vec::loadu(maxima);
     for (int64_t j = 0; j < KEYS; j += Vec::size()) {
       Vec x = Vec::loadu(score + j) * scale;
       if (scoring.softcap) {
         x = x.tanh() * Vec(scoring.softcap);
       }
-      x.store(score + j);
-    }
-    if (scoring.mask.data) {
-      float bias[KEYS] = {};
-      mask_bias(bias, p, b, h, row0 + r, tile);
-      for (int64_t j = 0; j < KEYS; j += Vec::size()) {
+      if (scoring.mask.data) {
         const Vec add = Vec::loadu(bias + j);
-        Vec::blendv(Vec::loadu(score + j) + add, hidden, add == hidden).store(score + j);
+        x = Vec::blendv(x + add, hidden, add == hidden);
       }
+      if (from > j || to < j + Vec::size()) {
+        x.store(score + j);
+        std::fill(score + j, score + std::clamp<int64_t>(from, j, j + Vec::size()), -INF);
+        std::fill(score + std::clamp<int64_t>(to, j, j + Vec::size()), score + j + Vec::size(), -INF);
+        x = Vec::loadu(score + j);
+      }
+      x.store(score + j);
+      top = at::vec::maximum(top, x);
     }
-    const Span span = span_of(p, row0 + r);
-    const int64_t from = std::clamp<int64_t>(span.first - start, 0, KEYS);
-    const int64_t to = std::clamp<int64_t>(span.last - start, from, KEYS);
-    std::fill(score, score + from, -INF);
-    std::fill(score + to, score + KEYS, -INF);
-    Vec top = Vec::loadu(maxima + r * Vec::size());
-    for (int64_t j = 0; j < KEYS; j += Vec::size()) {
-      top = at::vec::maximum(top, Vec::loadu(score + j));
-    }
-    top.store(maxima + r * Vec::size());
+    top.store(maxima);
   }
 }
 
@@ -457,15 +240,6 @@ const T* normalised(RowBlock<T>& block) {
     return block.score.data();
   } else {
     return block.map.data();
-  }
-}
-
-template <typename S>
-void store_as(const Operand& output, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* from, int64_t ld,
-              int64_t dim) {
-  S* to = static_cast<S*>(const_cast<void*>(output.data)) + b * output.strides[0] + h * output.strides[1];
-  for (int64_t r = 0; r < rows; ++r) {
-    at::vec::convert(from + r * ld, to + (row0 + r) * output.strides[2], dim);
   }
 }
 

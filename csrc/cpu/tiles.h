@@ -1,0 +1,156 @@
+// Memory and products of the CPU kernels: tensors of any strides and dtype to tiles and back.
+#pragma once
+
+#include "attention.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <type_traits>
+
+namespace eah::CPU_CAPABILITY {
+namespace {
+
+using at::BFloat16;
+using at::Half;
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t ROWS = 64;
+constexpr int64_t KEYS = 64;
+constexpr int64_t TILE = ROWS * KEYS;
+constexpr int64_t CHUNKS = 4;  // of a head's row blocks in the statistics: a constant, so that sums keep their order
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+int64_t tiles(int64_t n) {
+  return (n + KEYS - 1) / KEYS;
+}
+
+// Aligned memory, not initialised.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : memory_(c10::GetCPUAllocator()->allocate(n * sizeof(T))) {}
+  T* data() const {
+    return static_cast<T*>(memory_.get());
+  }
+
+ private:
+  c10::DataPtr memory_;
+};
+
+// Calls run(item, scratch) for items 0..n-1, each once, on whichever thread is free.
+template <typename MakeScratch, typename Run>
+void for_each_item(int64_t n, const MakeScratch& make_scratch, const Run& run) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    auto scratch = make_scratch();
+    for (int64_t item = next++; item < n; item = next++) {
+      run(item, scratch);
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+// C (m, n) = A (m, k) B, or += with add. B is (k, n), for bfloat16 (k / 2, n, 2).
+template <typename T>
+void multiply(int64_t m, int64_t n, int64_t k, const T* a, const T* b, float* c, bool add) {
+  at::native::cpublas::brgemm(m, n, k, k, n, n, add, a, b, c, !std::is_same_v<T, float>);
+}
+
+// Rows first..first+rows of head h as (rows, ld), ld >= dim, zero beyond dim.
+template <typename S, typename T>
+void load_as(T* to, int64_t ld, const Operand& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim) {
+  const S* from = static_cast<const S*>(x.data) + b * x.strides[0] + h * x.strides[1] + first * x.strides[2];
+  for (int64_t r = 0; r < rows; ++r, from += x.strides[2], to += ld) {
+    if (x.strides[3] == 1) {
+      at::vec::convert(from, to, dim);
+    } else {
+      for (int64_t d = 0; d < dim; ++d) {
+        to[d] = static_cast<T>(from[d * x.strides[3]]);
+      }
+    }
+    std::fill(to + dim, to + ld, T(0));
+  }
+}
+
+template <typename T>
+void load(T* to, int64_t ld, const Operand& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    load_as<BFloat16>(to, ld, x, b, h, first, rows, dim);
+  } else if (x.dtype == at::kFloat) {
+    load_as<float>(to, ld, x, b, h, first, rows, dim);
+  } else if (x.dtype == at::kBFloat16) {
+    load_as<BFloat16>(to, ld, x, b, h, first, rows, dim);
+  } else {
+    load_as<Half>(to, ld, x, b, h, first, rows, dim);
+  }
+}
+
+// Lengths of the inner dimensions as the products want them: pairs for bfloat16, whole vectors of values.
+template <typename T>
+int64_t padded_dim(int64_t dim) {
+  return round_up(dim, 4 / sizeof(T));
+}
+
+int64_t padded_value_dim(int64_t dim) {
+  return round_up(dim, 16);
+}
+
+// Key tiles of one head, each transposed: (tiles, D, 64), for bfloat16 (tiles, D / 2, 64, 2): 32-bit units either way.
+template <typename T>
+void pack_keys(T* packed, const Problem& p, int64_t b, int64_t h, int64_t tile, T* scratch) {
+  const int64_t first = tile * KEYS, rows = std::min(KEYS, p.kv_len - first), ld = padded_dim<T>(p.dim);
+  const int64_t units = ld * sizeof(T) / 4;
+  load(scratch, ld, p.key, b, h, first, rows, p.dim);
+  std::fill(scratch + rows * ld, scratch + KEYS * ld, T(0));
+  at::vec::transpose_mxn<float>(
+      reinterpret_cast<const float*>(scratch), units, reinterpret_cast<float*>(packed + tile * KEYS * ld), KEYS,
+      static_cast<int>(KEYS), static_cast<int>(units));
+}
+
+// Value tiles of one head, (tiles, 64, Dv), for bfloat16 (tiles, 32, Dv, 2); zero where no row sees the key.
+template <typename T>
+void pack_values(
+    T* packed, const Operand& value, int64_t value_dim, int64_t kv_len, const uint8_t* seen, int64_t b, int64_t h,
+    int64_t tile, T* scratch) {
+  const int64_t first = tile * KEYS, rows = std::min(KEYS, kv_len - first), ld = padded_value_dim(value_dim);
+  packed += tile * KEYS * ld;
+  T* plain = std::is_same_v<T, float> ? packed : scratch;
+  load(plain, ld, value, b, h, first, rows, value_dim);
+  for (int64_t r = 0; r < KEYS; ++r) {
+    if (r >= rows || !seen[first + r]) {
+      std::fill_n(plain + r * ld, ld, T(0));
+    }
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (int64_t r = 0; r < KEYS; r += 2, packed += 2 * ld) {
+      const BFloat16 *even = plain + r * ld, *odd = even + ld;
+      for (int64_t d = 0; d < ld; ++d) {
+        packed[2 * d] = even[d];
+        packed[2 * d + 1] = odd[d];
+      }
+    }
+  }
+}
+
+template <typename S>
+void store_as(const Operand& output, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* from, int64_t ld,
+              int64_t dim) {
+  S* to = static_cast<S*>(const_cast<void*>(output.data)) + b * output.strides[0] + h * output.strides[1];
+  for (int64_t r = 0; r < rows; ++r) {
+    at::vec::convert(from + r * ld, to + (row0 + r) * output.strides[2], dim);
+  }
+}
+
+}  // namespace
+}  // namespace eah::CPU_CAPABILITY
