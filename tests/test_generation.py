@@ -196,6 +196,15 @@ def test_continuous_batching_is_delegated():
     assert handle.report().layers[0].stood_aside == swap.UNSUPPORTED_ARGUMENTS["cache"]
 
 
+def test_pixels_by_position():
+    """The first argument of a model with image features first is not taken for token ids."""
+    model, inputs = build_family("blip-2"), family_prompt("blip-2", ["abIc"])
+    pixels = inputs.pop("pixel_values")
+    with torch.no_grad(), eah.enable(model) as handle:
+        model(pixels, **inputs)
+    assert handle.report().layers[0].stood_aside == image_tokens.BY_POSITION
+
+
 def test_blip_without_a_prompt():
     """The model makes the prompt itself: its image tokens and a start token."""
     model, inputs = build_family("blip-2"), family_prompt("blip-2", ["Ia", "Ib"])

@@ -180,8 +180,14 @@ def test_history_keeps_the_last_prefills():
             model.generate(**prompt("llava", rows), max_new_tokens=2, do_sample=False)
             reports.append(handle.report())
         assert handle.history == tuple(reports[1:])
-        logits(torch.compile(model, backend="eager"), **prompt("llava", ["abIcd"]))
-        assert handle.history == (reports[2], reports[0])
+        compiled = torch.compile(model, backend="eager")
+        torch._dynamo.utils.counters.clear()
+        for _ in range(6):
+            logits(compiled, **prompt("llava", ["abIcd"]))
+            frames = dict(torch._dynamo.utils.counters["frames"])
+        assert handle.history == (reports[0], reports[0])
+        logits(compiled, **prompt("llava", ["abIcd"]))
+        assert dict(torch._dynamo.utils.counters["frames"]) == frames  # nothing was compiled anew
     assert len(handle.history) == 2
     with eah.enable(model) as handle:
         logits(model, **prompt("llava", ["abIcd"]))

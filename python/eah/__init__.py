@@ -91,7 +91,7 @@ class EnabledModel(ImageTokens):
     """The hook on an enabled model's base model, and all that undoing takes; copied and pickled with the model."""
 
     def __init__(self, model, family: Family, token_ids, layers: tuple[SwappedLayer, ...], notes: tuple[str, ...]):
-        super().__init__(token_ids, family.position_mask, layers[0].index)
+        super().__init__(model.base_model, token_ids, family.position_mask, layers[0].index)
         self.layers = layers
         self.notes = notes
         inner = family.inner_generate if model.can_generate() else None

@@ -38,7 +38,8 @@ class ImageTokens:
     Threads may share the model: what a call needs travels with the call, and a given mask belongs to a thread.
     """
 
-    def __init__(self, token_ids: tuple[int, ...], position_mask: str | None, layer: int):
+    def __init__(self, base, token_ids: tuple[int, ...], position_mask: str | None, layer: int):
+        self.ids_first = list(inspect.signature(type(base).forward).parameters)[1] == "input_ids"
         self.token_ids = token_ids
         self.position_mask = position_mask
         self.layer = layer
@@ -47,7 +48,7 @@ class ImageTokens:
     def __call__(self, base, args, kwargs):
         if PREFILL in kwargs:  # an outer model's hook came first
             return None
-        ids_by_position = len(args) == 1 and _first_argument(base) == "input_ids"
+        ids_by_position = len(args) == 1 and self.ids_first
         input_ids = args[0] if ids_by_position else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if args and not ids_by_position:
@@ -121,10 +122,6 @@ def _fitted(mask: Tensor, batch: int, length: int) -> Tensor:
         called = f"the model was called with {batch} x {length} tokens"
         raise ValueError(f"the image mask given is {rows} x {columns}; {called}")
     return torch.nn.functional.pad(mask.repeat_interleave(batch // rows, 0), (0, length - columns))
-
-
-def _first_argument(base) -> str:
-    return list(inspect.signature(type(base).forward).parameters)[1]
 
 
 def _why_not_empty(cache, layer: int) -> str | None:

@@ -72,7 +72,8 @@ class SwappedLayer:
     def remember(self, record: Record, instead_of_last: bool = False) -> None:
         self.record = record
         if self.history is not None:
-            _append(self.history, record, instead_of_last)
+            # Not traced: a compiled forward would be compiled anew whenever the history grows.
+            torch.compiler.disable(_append)(self.history, record, instead_of_last)
 
     def attach(self) -> None:
         config = copy.copy(self.config)
@@ -85,7 +86,6 @@ class SwappedLayer:
         del self.module.eah_layer
 
 
-@torch.compiler.disable  # a compiled forward would be compiled anew whenever the history grows
 def _append(history: deque[Record], record: Record, instead_of_last: bool) -> None:
     if instead_of_last and history:
         history.pop()
@@ -268,8 +268,8 @@ def _plain_causal(config, kwargs) -> bool:
     )
 
 
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _requires_grad(*arguments) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
 def _wants_maps(config, implementation, kwargs) -> bool:
