@@ -93,6 +93,18 @@ def test_attention_maps_are_those_used(family):
         torch.testing.assert_close(got.attentions[1][row][:, real], plain[row, head][real].expand(4, -1, -1))
 
 
+@pytest.mark.parametrize("family", ["gemma3", "kosmos-2"])
+def test_compiled_with_pixels(family):
+    model, inputs = built(family), prompt(family, *PROMPTS["left padding"])
+    oracle, real = oracle_for(family, model, inputs), inputs["attention_mask"].bool()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    with eah.enable(model, threshold=oracle.threshold) as handle:
+        got = logits(compiled, **inputs)
+    torch.testing.assert_close(got[real], oracle(**inputs)[real], rtol=1e-3, atol=1e-3)
+    assert handle.report().layers[0].rows
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_nothing_is_left_behind(family, tmp_path):
     model = built(family)
