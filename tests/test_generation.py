@@ -63,7 +63,8 @@ def test_quantised_cache():
     pytest.importorskip("optimum.quanto")
     model, inputs = build("llava"), prompt("llava", MIXED)
     with eah.enable(model, threshold=0.02) as handle:
-        generated(model, inputs, cache_implementation="quantized", cache_config={"backend": "quanto", "nbits": 4})
+        config = {"backend": "quanto", "nbits": 4, "q_group_size": 8}
+        generated(model, inputs, cache_implementation="quantized", cache_config=config)
     assert handle.report().layers[0].rows
 
 

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--model", required=True, metavar="DIR_OR_ID", help="a model folder, or an id on the hub")
     two.add_argument("--image", required=True, metavar="FILE")
     two.add_argument("--prompt", required=True, metavar="TEXT")
-    two.add_argument("--layers", type=int, nargs="+", default=[1], help="decoder layers, 0-based (default: 1)")
+    two.add_argument("--layers", type=int, nargs="+", help="decoder layers, 0-based (default: 1, or the first usable)")
     two.add_argument("--threshold", type=float, default=0.002, help="mean attention of a vision sink (default: 0.002)")
     two.add_argument("--min-density", type=float, default=0.0, help="sinks per image token below which no head lends")
     two.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
@@ -81,10 +81,10 @@ def _generate(arguments) -> int:
         arguments.prompt,
         answers=("plain", "eah") if arguments.compare else ("plain",) if arguments.no_eah else ("eah",),
         knobs=dict(
-            layers=tuple(arguments.layers),
             threshold=arguments.threshold,
             min_density=arguments.min_density,
             backend=arguments.backend,
+            **({"layers": tuple(arguments.layers)} if arguments.layers else {}),
         ),
         max_new_tokens=arguments.max_new_tokens,
         device=arguments.device,
