@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from setuptools import Extension, setup
 
 CPU_SOURCE = "csrc/cpu/attention.cpp"
-FLAGS = ["-O3", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 CAPABILITIES = {
     "DEFAULT": [],
@@ -59,7 +59,7 @@ def native_extension() -> dict:
         "eah_kernels._C",
         ["csrc/bindings.cpp"],
         extra_compile_args=FLAGS,
-        extra_link_args=["-Wl,--strip-debug"],
+        extra_link_args=["-fopenmp", "-Wl,--strip-debug"],
         py_limited_api=True,
         depends=[CPU_SOURCE, *(f"csrc/cpu/{name}.h" for name in ("attention", "rules", "tiles"))],
     )

@@ -14,6 +14,10 @@
 #include <limits>
 #include <type_traits>
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+#error "at::parallel_for is a header: without -fopenmp it would run on one thread"
+#endif
+
 namespace eah::CPU_CAPABILITY {
 namespace {
 
