@@ -90,6 +90,10 @@ std::tuple<Tensor, Tensor> statistics(
 void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& head, Tensor output, EAH_RULES) {
   TORCH_CHECK(output.stride(3) == 1 || output.size(3) == 1, "output's last dimension must be contiguous");
   const Tensor chosen = head.contiguous();
+  for (int64_t b = 0; b < chosen.size(0); ++b) {
+    const int32_t h = chosen.const_data_ptr<int32_t>()[b];
+    TORCH_CHECK_VALUE(h < query.size(1), "head must be -1 or one of ", query.size(1), " query heads, got ", h);
+  }
   kernels().attend(
       problem(query, key, mask, causal, scale, sliding_window, softcap), operand(value), value.size(3),
       chosen.const_data_ptr<int32_t>(), operand(output));

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eah_kernels import eah_attention, native, sink_statistics
+from eah_kernels import eah_attention, native, shared_map_attention, sink_statistics
 from eah_kernels.api import choose_backend
 from support import NATIVE, WHY_NOT_NATIVE, Case, exact, make
 
@@ -87,6 +87,13 @@ def test_a_mask_of_any_layout():
     keys = torch.arange(70).expand(2, 70) > 9
     rows = keys[:, None, None].expand(2, 1, 70, 70)
     assert torch.equal(attend(inputs, attention_mask=keys).output, attend(inputs, attention_mask=rows).output)
+
+
+@needs_native
+def test_a_head_that_does_not_exist_is_refused():
+    inputs = make(Case(q_len=9))
+    with pytest.raises(ValueError, match="head must be -1 or one of 4 query heads, got 4"):
+        shared_map_attention(inputs.query, inputs.key, inputs.value, torch.tensor([0, 4], dtype=torch.int32))
 
 
 @needs_native

@@ -316,7 +316,7 @@ void attend_as(const Problem& p, const Operand& value, int64_t value_dim, const 
 bool multiplies_bfloat16(c10::ScalarType dtype) {
 #if defined(CPU_CAPABILITY_AVX512) && defined(__GNUC__)
   static const bool supported = __builtin_cpu_supports("avx512bf16");
-  return dtype == at::kBFloat16 && supported && at::globalContext().userEnabledMkldnn();
+  return dtype == at::kBFloat16 && supported && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
 #else
   return false;
 #endif
