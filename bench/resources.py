@@ -48,9 +48,8 @@ TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163, "HMMA", "HMMA"),
     "sm_89": Target(GPUTarget("cuda", 89, 32), 99, "HMMA", "HMMA"),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227, "HGMMA", "HGMMA"),  # wgmma
-    "sm_100": Target(
-        GPUTarget("cuda", 100, 32), 227, "UTCHMMA", "HMMA"
-    ),  # tcgen05, or mma.sync for small float32 tiles
+    # tcgen05, and for small float32 tiles mma.sync
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227, "UTCHMMA", "HMMA"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64, "v_mfma", "v_mfma"),
 }
 

@@ -47,11 +47,11 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
 
 def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     problem = Problem(query, key, scoring)
-    batch, _, q_len, _ = query.shape
+    batch, heads, q_len, _ = query.shape
     minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
         _lse.lse(problem, minus_lse, head=head).run()
-        _attend.attend(problem, value, head, output, minus_lse).run()
+        _attend.attend(problem, value, head, output, minus_lse.expand(-1, heads, -1)).run()
         _attend.attend(problem, value, head, output).run()
     return output

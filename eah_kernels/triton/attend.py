@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, operand
-from eah_kernels.triton.primitives import KEY_MASK, NO_MASK, at, dot_rows, key_range, load_rows, score_tile, shown_keys
+from eah_kernels.triton.primitives import (
+    KEY_MASK,
+    NO_MASK,
+    at,
+    dot_rows,
+    key_range,
+    load_operand,
+    score_tile,
+    shown_keys,
+)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -55,10 +64,7 @@ def _attend_kernel(
     local_m = tl.arange(0, BLOCK_M)
     local_n = tl.arange(0, BLOCK_N)
     real = start_m + local_m < q_len
-    q = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
-    q_tail = q
-    if TAIL > 0:
-        q_tail = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+    q, q_tail = load_operand(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
     if SHARED:
         minus_lse = tl.load(at(at(minus_lse_ptr, b, stride_lb), h, stride_lh) + start_m + local_m)
     else:
@@ -78,10 +84,7 @@ def _attend_kernel(
             key = start_n + local_n
             keep = key < (kv_len if EDGE else start_n + BLOCK_N)
             keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK)
-            k = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
-            k_tail = k
-            if TAIL > 0:
-                k_tail = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
+            k, k_tail = load_operand(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
             qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
             score, visible = score_tile(
                 qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
@@ -125,8 +128,6 @@ def attend(problem: Problem, value, head, out, minus_lse=None) -> Launch:
     value_heads = max(1, min(tile.value_width // value_pad, triton.next_power_of_2(kv_heads))) if shared else 1
     units = triton.cdiv(kv_heads, value_heads) if shared else heads
     stride_lb, stride_lh = minus_lse.stride()[:2] if shared else (0, 0)
-    if shared and minus_lse.shape[1] == 1:  # the chosen head's alone
-        stride_lh = 0
     return Launch(
         _attend_kernel,
         batch * units * triton.cdiv(q_len, tile.block_m),

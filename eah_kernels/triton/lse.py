@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
-from eah_kernels.triton.primitives import NO_MASK, at, dot_rows, key_range, load_rows, score_tile, shown_keys
+from eah_kernels.triton.primitives import (
+    NO_MASK,
+    at,
+    count_image_tokens,
+    dot_rows,
+    key_range,
+    load_operand,
+    score_tile,
+    shown_keys,
+)
 
 LSE_PAD = 128
 
@@ -38,11 +47,7 @@ def _lse_kernel(
     if SKIP_TEXT:
         if start_m == 0:
             tl.store(count_ptr + b * heads + h, 0)
-        image_tokens = tl.zeros([1024], tl.int32)
-        for start in range(0, kv_len, 1024):
-            key = start + tl.arange(0, 1024)
-            image_tokens += tl.load(at(at(image_ptr, b, stride_ib), key, stride_in), mask=key < kv_len, other=0)
-        if tl.sum(image_tokens, 0) == 0:
+        if count_image_tokens(at(image_ptr, b, stride_ib), stride_in, kv_len) == 0:
             return
     q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
     k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
@@ -54,10 +59,7 @@ def _lse_kernel(
         return
     local_n = tl.arange(0, BLOCK_N)
     real = start_m + local_m < q_len
-    q = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
-    q_tail = q
-    if TAIL > 0:
-        q_tail = load_rows(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+    q, q_tail = load_operand(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     first, edge, last = key_range(start_m, q_len, kv_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
@@ -66,10 +68,7 @@ def _lse_kernel(
             start_n = tl.multiple_of(start_n, BLOCK_N)
             keep = start_n + local_n < (kv_len if EDGE else start_n + BLOCK_N)
             keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK)
-            k = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
-            k_tail = k
-            if TAIL > 0:
-                k_tail = load_rows(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
+            k, k_tail = load_operand(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
             qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
             score, _ = score_tile(
                 qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,

@@ -32,6 +32,28 @@ def load_rows(ptr, start, keep, stride, stride_d, FIRST: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
+def load_operand(
+    ptr, start, keep, stride, stride_d, MAIN: tl.constexpr, TAIL: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """Rows start, start + 1, ... of a (rows, DIM) matrix in two parts, MAIN and TAIL features; no tail: main twice."""
+    main = load_rows(ptr, start, keep, stride, stride_d, 0, MAIN, DIM)
+    tail = main
+    if TAIL > 0:
+        tail = load_rows(ptr, start, keep, stride, stride_d, MAIN, TAIL, DIM)
+    return main, tail
+
+
+@triton.jit
+def count_image_tokens(image_ptr, stride_in, kv_len):
+    """Of one batch row, whose image mask image_ptr points to."""
+    count = tl.zeros([1024], tl.int32)
+    for start in range(0, kv_len, 1024):
+        key = start + tl.arange(0, 1024)
+        count += tl.load(at(image_ptr, key, stride_in), mask=key < kv_len, other=0)
+    return tl.sum(count, 0)
+
+
+@triton.jit
 def shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK: tl.constexpr):
     """`keep` without the keys that a (B, Skv) mask hides: loaded as zeros, whatever they hold reaches nothing."""
     if MASK == KEY_MASK:

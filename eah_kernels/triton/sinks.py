@@ -14,9 +14,10 @@ from eah_kernels.triton.primitives import (
     KEY_MASK,
     NO_MASK,
     at,
+    count_image_tokens,
     counting_rows,
     dot_rows,
-    load_rows,
+    load_operand,
     score_tile,
     shown_keys,
 )
@@ -86,10 +87,7 @@ def _sinks_kernel(
     minus_lse_ptr = at(at(minus_lse_ptr, b, stride_lb), h, stride_lh)
 
     shown = shown_keys(start_n, local_n, key < kv_len, mask_ptr, stride_mn, MASK)
-    k = load_rows(k_ptr, start_n, shown, stride_kn, stride_kd, 0, MAIN, HEAD_DIM)
-    k_tail = k
-    if TAIL > 0:
-        k_tail = load_rows(k_ptr, start_n, shown, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
+    k, k_tail = load_operand(k_ptr, start_n, shown, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
     local_m = tl.arange(0, BLOCK_M)
     offset = kv_len - q_len
     BY_KEY: tl.constexpr = MASK == NO_MASK or MASK == KEY_MASK
@@ -115,10 +113,7 @@ def _sinks_kernel(
                 counts = start_m + local_m < q_len
             else:
                 counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
-            q = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, 0, MAIN, HEAD_DIM)
-            q_tail = q
-            if TAIL > 0:
-                q_tail = load_rows(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+            q, q_tail = load_operand(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
             minus_lse = tl.load(minus_lse_ptr + start_m + local_m)
             if not PLAIN or MASK != NO_MASK:
                 minus_lse = tl.where(counts, minus_lse, float("-inf"))
@@ -152,11 +147,7 @@ def _select_kernel(
     h = tl.arange(0, HEADS)
     count = tl.load(count_ptr + b * heads + h, mask=h < heads, other=-1)
     most, head = tl.max(count, 0, return_indices=True, return_indices_tie_break_left=True)
-    image = tl.zeros([1024], tl.int32)
-    for start in range(0, kv_len, 1024):
-        key = start + tl.arange(0, 1024)
-        image += tl.load(at(at(image_ptr, b, stride_ib), key, stride_in), mask=key < kv_len, other=0)
-    image_tokens = tl.maximum(tl.sum(image, 0), 1)
+    image_tokens = tl.maximum(count_image_tokens(at(image_ptr, b, stride_ib), stride_in, kv_len), 1)
     density = tl.div_rn(most.to(tl.float32), image_tokens.to(tl.float32))
     tl.store(head_ptr + b, tl.where((most > 0) & (density >= min_density), head, -1))
 
