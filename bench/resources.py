@@ -126,13 +126,14 @@ def make_launch(row: Row) -> Launch:
     query, key, value = (empty(batch, heads, length, row.head_dim) for _ in range(3))
     mask = None if row.kind == "plain" else empty(batch, 1, length, length)
     problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target)
-    image_mask, counts = empty(batch, length, dtype=torch.bool), empty(batch, heads, dtype=torch.int32)
+    image_mask = empty(batch, length, dtype=torch.bool)
+    head, counts, progress = (empty(batch, *shape, dtype=torch.int32) for shape in ((), (heads,), (2,)))
     minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
     if row.kernel == "lse":
-        return lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=counts)
+        return lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=counts, progress=progress)
     if row.kernel == "sinks":
-        return sinks.sinks(problem, image_mask, minus_lse, 0.002, counts)
-    head, output = empty(batch, dtype=torch.int32), empty_output(query, value)
+        return sinks.sinks(problem, image_mask, minus_lse, 0.002, counts, head=head, progress=progress)
+    output = empty_output(query, value)
     return attend.attend(problem, value, head, output, minus_lse if row.kernel == "shared_map" else None)
 
 

@@ -18,12 +18,13 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     batch, heads, q_len, _ = query.shape
     sink_counts = query.new_empty(batch, heads, dtype=torch.int32)
     minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
+    progress = query.new_empty(batch, 2, dtype=torch.int32)
     head = query.new_empty(batch, dtype=torch.int32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
-        _lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=sink_counts).run()
-        _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts).run()
-        _sinks.select(sink_counts, image_mask, min_density, head).run()
+        _lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=sink_counts, progress=progress).run()
+        choice = dict(head=head, progress=progress, min_density=min_density)
+        _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts, **choice).run()
         _attend.attend(problem, value, head, output, minus_lse).run()
         _attend.attend(problem, value, head, output).run()
     return output, head, sink_counts
@@ -38,9 +39,8 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
     column_mean = query.new_zeros(mean_shape, dtype=torch.float32)
     with torch.cuda.device_of(query):
         _lse.lse(problem, minus_lse).run()
-        _sinks.sinks(
-            problem, image_mask, minus_lse, threshold, sink_counts, column_mean if return_column_mean else None
-        ).run()
+        mean = column_mean if return_column_mean else None
+        _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts, column_mean=mean).run()
     natural = minus_lse[..., :q_len] / -LOG2E
     return sink_counts, torch.where(natural == torch.inf, -torch.inf, natural), column_mean
 

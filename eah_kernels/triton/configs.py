@@ -28,8 +28,8 @@ class Tile:
     spills: str = ""
 
     def options(self) -> dict[str, int]:
-        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} if self.block_m else {}
         limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
         return blocks | limit | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 

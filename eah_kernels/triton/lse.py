@@ -1,8 +1,8 @@
 """Row log-sum-exp of every query head, or of the chosen one: a FlashAttention-2 forward (arXiv 2307.08691) without P V.
 
 Stored negated, in log2 units, for q_len rows padded to a multiple of LSE_PAD; -inf in the padding and for rows that see
-no key, so that exp2(score + minus_lse) is 0 there without a test. On the way it zeroes the sink counts that the next
-pass adds to.
+no key, so that exp2(score + minus_lse) is 0 there without a test. On the way it counts the image tokens and zeroes what
+the next pass adds to.
 """
 
 import triton
@@ -28,7 +28,7 @@ def _lse_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-    image_ptr, stride_ib, stride_in, head_ptr, count_ptr, minus_lse_ptr, stride_lb, stride_lh,
+    image_ptr, stride_ib, stride_in, head_ptr, count_ptr, progress_ptr, minus_lse_ptr, stride_lb, stride_lh,
     batch, heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -45,9 +45,13 @@ def _lse_kernel(
         if h < 0:
             return
     if SKIP_TEXT:
+        image_tokens = count_image_tokens(at(image_ptr, b, stride_ib), stride_in, kv_len)
         if start_m == 0:
             tl.store(count_ptr + b * heads + h, 0)
-        if count_image_tokens(at(image_ptr, b, stride_ib), stride_in, kv_len) == 0:
+            if h == 0:
+                tl.store(progress_ptr + 2 * b, 0)
+                tl.store(progress_ptr + 2 * b + 1, image_tokens)
+        if image_tokens == 0:
             return
     q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
     k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
@@ -84,10 +88,11 @@ def _lse_kernel(
     tl.store(minus_lse_ptr + local_m, minus_lse)
 
 
-def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, head=None) -> Launch:
+def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, progress=None, head=None) -> Launch:
     """Fills out (B, Hq, padded_length) float32 for every head, or out (B, 1, padded_length) for head (B,).
 
-    With image_mask and sink_counts (B, Hq) int32, batch rows without image token are left out and sink_counts zeroed.
+    With image_mask, batch rows without image token are left out, sink_counts (B, Hq) int32 zeroed, and each row of
+    progress (B, 2) int32 set to 0 and the number of its image tokens.
     """
     tile = problem.tile("lse")
     batch = problem.query.shape[0]
@@ -98,9 +103,14 @@ def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, head=None) 
         problem.arguments
         | image_arguments(image_mask)
         | dict(
-            head_ptr=head, count_ptr=sink_counts, minus_lse_ptr=out, stride_lb=out.stride(0), stride_lh=out.stride(1)
+            head_ptr=head,
+            count_ptr=sink_counts,
+            progress_ptr=progress,
+            minus_lse_ptr=out,
+            stride_lb=out.stride(0),
+            stride_lh=out.stride(1),
         )
-        | dict(heads=out.shape[1], CHOSEN=head is not None, SKIP_TEXT=sink_counts is not None),
+        | dict(heads=out.shape[1], CHOSEN=head is not None, SKIP_TEXT=image_mask is not None),
     )
 
 

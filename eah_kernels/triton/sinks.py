@@ -1,20 +1,18 @@
-"""Vision sinks per head, key-stationary: no float atomics, no S x S tensor (spec, steps 2 to 4).
+"""Vision sinks per head, key-stationary, and the choice: no float atomics, no S x S tensor (spec, steps 2 to 5).
 
 A program owns a block of keys of one head and walks the query rows that see them, adding exp2(score - lse) into a 2-D
 accumulator that is reduced once at the end. A block without an image token leaves at once. The sinks of the blocks of a
-head are added by integer atomics, so the counts are the same in every run.
+head are added by integer atomics, so the counts are the same in every run; a batch row's last program chooses its head.
 """
 
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.configs import Tile
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
 from eah_kernels.triton.primitives import (
     KEY_MASK,
     NO_MASK,
     at,
-    count_image_tokens,
     counting_rows,
     dot_rows,
     load_operand,
@@ -61,17 +59,35 @@ def seeing_rows(
     return rows
 
 
+@triton.jit
+def choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density, HEADS: tl.constexpr):
+    """Every program of batch row b comes here once, after its sinks; the last one chooses (spec, step 5).
+
+    progress_ptr: (B, 2) int32, programs that came here and image tokens. Releasing at the one and acquiring at the
+    other, the last program sees all counts; they are read from the L2 cache, where atomics act.
+    """
+    came_before = tl.atomic_add(progress_ptr + 2 * b, 1, sem="acq_rel")
+    if came_before == tl.num_programs(0) // batch - 1:
+        h = tl.arange(0, HEADS)
+        count = tl.load(count_ptr + b * heads + h, mask=h < heads, other=-1, cache_modifier=".cg")
+        most, head = tl.max(count, 0, return_indices=True, return_indices_tie_break_left=True)
+        image_tokens = tl.maximum(tl.load(progress_ptr + 2 * b + 1), 1)
+        density = tl.div_rn(most.to(tl.float32), image_tokens.to(tl.float32))
+        tl.store(head_ptr + b, tl.where((most > 0) & (density >= min_density), head, -1))
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _sinks_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
     image_ptr, stride_ib, stride_in, minus_lse_ptr, stride_lb, stride_lh, count_ptr, mean_ptr, threshold,
-    batch, heads, q_len, kv_len, scale, cap, window,
+    progress_ptr, head_ptr, min_density, batch, heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    WANT_MEAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WANT_MEAN: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """HEADS: 0, or a power of two >= heads to choose one of them."""
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
@@ -80,6 +96,8 @@ def _sinks_kernel(
     key = start_n + local_n
     image = tl.load(at(at(image_ptr, b, stride_ib), key, stride_in), mask=key < kv_len, other=0) != 0
     if tl.sum(image.to(tl.int32), 0) == 0:
+        if HEADS:
+            choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density, HEADS)
         return
     q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
     k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
@@ -134,26 +152,28 @@ def _sinks_kernel(
     mean = tl.where(shown, mean, 0.0)
     sinks = tl.sum((image & (mean > threshold)).to(tl.int32), 0)
     tl.atomic_add(count_ptr + b * heads + h, sinks, sem="relaxed")
+    if HEADS:
+        choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density, HEADS)
     if WANT_MEAN:
         tl.store(mean_ptr + tl.cast(b * heads + h, tl.int64) * kv_len + key, mean, mask=image)
 
 
-@triton.jit(do_not_specialize=["kv_len"])
-def _select_kernel(
-    count_ptr, image_ptr, stride_ib, stride_in, head_ptr, min_density, heads, kv_len, HEADS: tl.constexpr
-):  # fmt: skip
-    """spec, step 5: the head with the most sinks, lowest index on a tie, or -1."""
-    b = tl.program_id(0)
-    h = tl.arange(0, HEADS)
-    count = tl.load(count_ptr + b * heads + h, mask=h < heads, other=-1)
-    most, head = tl.max(count, 0, return_indices=True, return_indices_tie_break_left=True)
-    image_tokens = tl.maximum(count_image_tokens(at(image_ptr, b, stride_ib), stride_in, kv_len), 1)
-    density = tl.div_rn(most.to(tl.float32), image_tokens.to(tl.float32))
-    tl.store(head_ptr + b, tl.where((most > 0) & (density >= min_density), head, -1))
+def sinks(
+    problem: Problem,
+    image_mask,
+    minus_lse,
+    threshold,
+    sink_counts,
+    *,
+    column_mean=None,
+    head=None,
+    progress=None,
+    min_density=0.0,
+) -> Launch:
+    """Adds each head's sinks to sink_counts (B, Hq); writes column_mean (B, Hq, Skv) at image tokens, if given.
 
-
-def sinks(problem: Problem, image_mask, minus_lse, threshold, sink_counts, column_mean=None) -> Launch:
-    """Adds each head's sinks to sink_counts (B, Hq); writes column_mean (B, Hq, Skv) at image tokens, if given."""
+    With head (B,) and progress (B, 2) int32, as `lse` leaves it, also writes every batch row's chosen head.
+    """
     tile = problem.tile("sinks")
     batch, heads, _, _ = problem.query.shape
     return Launch(
@@ -165,18 +185,7 @@ def sinks(problem: Problem, image_mask, minus_lse, threshold, sink_counts, colum
         | dict(
             minus_lse_ptr=minus_lse, stride_lb=minus_lse.stride(0), stride_lh=minus_lse.stride(1), count_ptr=sink_counts
         )
-        | dict(mean_ptr=column_mean, WANT_MEAN=column_mean is not None, threshold=threshold, heads=heads),
-    )
-
-
-def select(sink_counts, image_mask, min_density, head) -> Launch:
-    """Writes the chosen head of every batch row to head (B,)."""
-    batch, heads = sink_counts.shape
-    return Launch(
-        _select_kernel,
-        batch,
-        Tile(0, 0, num_warps=4, num_stages=1),
-        image_arguments(image_mask)
-        | dict(count_ptr=sink_counts, head_ptr=head, min_density=min_density, heads=heads)
-        | dict(kv_len=image_mask.shape[1], HEADS=triton.next_power_of_2(heads)),
+        | dict(mean_ptr=column_mean, WANT_MEAN=column_mean is not None, threshold=threshold, heads=heads)
+        | dict(head_ptr=head, progress_ptr=progress, min_density=min_density)
+        | dict(HEADS=0 if head is None else triton.next_power_of_2(heads)),
     )
