@@ -4,13 +4,14 @@
     python bench/resources.py --all    every row of the tile table
 
 Columns: registers a thread, bytes spilled, shared memory in KiB, the matrix instruction found in the machine code.
-Then, for NVIDIA, of the steady-state loop (the one without edge tests): instructions a thread issues per score, and the
-clocks of a multiprocessor per score that its issues, its exps and its matrix products take alone. That is a model.
+Then, for NVIDIA, of each steady-state loop (without edge tests): instructions a thread issues per score, and the clocks
+of a multiprocessor per score that its issues, its exps and its matrix products take alone. That is a model.
+`attend` has two loops: for the shared map and, with a running maximum, for a head's own map.
 
 Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, or spills without
 the tile table (eah_kernels/triton/configs.py) saying why; on sm_90 without mask also when a statistics loop issues more
-than 10 % above the floor of its exps and matrix products, the shared-map loop keeps a running maximum, or a loop loads
-scalars from global memory.
+than 10 % above the floor of its exps and matrix products, the shared map has no loop without a running maximum, or a
+loop loads scalars from global memory.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ class Cost(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     code: str
-    loop: Loop | None = None
+    loops: dict[str, Loop | None] | None = None  # by what they compute
+
+
+LOOPS = {"lse": {"lse": True}, "sinks": {"sinks": False}, "attend": {"shared map": False, "own map": True}}  # online?
 
 
 def compile_launch(launch: Launch, target: str) -> Cost:
@@ -134,11 +138,11 @@ def make_launch(row: Row) -> Launch:
     if row.kernel == "sinks":
         return sinks.sinks(problem, image_mask, minus_lse, 0.002, counts, head=head, progress=progress)
     output = empty_output(query, value)
-    return attend.attend(problem, value, head, output, minus_lse if row.kernel == "shared_map" else None)
+    return attend.attend(problem, value, head, output, minus_lse)
 
 
 def rows(everything: bool) -> list[Row]:
-    """Every row of the table; or sm_90's, and the shared map at head dim 128 of the other targets."""
+    """Every row of the table; or sm_90's, and the plain output at head dim 128 of the other targets."""
     table = [
         Row(kernel, target, kind, head_dim)
         for kernel, targets in TILES.items()
@@ -146,7 +150,7 @@ def rows(everything: bool) -> list[Row]:
         for kind in kinds
         for head_dim in HEAD_DIMS
     ]
-    primary = ("shared_map", "plain", 128)
+    primary = ("attend", "plain", 128)
     return [r for r in table if everything or r.target == "sm_90" or (r.kernel, r.kind, r.head_dim) == primary]
 
 
@@ -155,7 +159,8 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     launch = make_launch(row)
     cost = compile_launch(launch, row.target)
     target, tile = TARGETS[row.target], launch.tile
-    cost = cost._replace(loop=steady_loop(cost.code, tile.block_m * tile.block_n / (32 * tile.num_warps)))
+    elements = tile.block_m * tile.block_n / (32 * tile.num_warps)
+    loops = {name: steady_loop(cost.code, elements, online) for name, online in LOOPS[row.kernel].items()}
     problems = []
     if cost.shared_bytes > target.shared_kib * 1024:
         problems.append(f"more than {target.shared_kib} KiB of shared memory")
@@ -164,34 +169,30 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     if cost.spill_bytes and not tile.spills:
         problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")
     if row.target == "sm_90" and row.kind == "plain":
-        problems += loop_problems(row, cost.loop)
-    return row, cost._replace(code=""), problems
+        problems += [problem for name, loop in loops.items() for problem in loop_problems(row, name, loop)]
+    return row, cost._replace(code="", loops=loops), problems
 
 
-def loop_problems(row: Row, loop: Loop | None) -> list[str]:
+def loop_problems(row: Row, name: str, loop: Loop | None) -> list[str]:
     """What keeps a loop from the speed that the design counts on."""
     if loop is None:
-        return ["no loop with matrix products and exps found"]
+        return [f"no {name} loop with matrix products and exps found"]
     problems = []
     floor = max(1 / EXPS_A_CLOCK, row.head_dim / MATRIX_A_CLOCK[row.target])
     if row.kernel in ("lse", "sinks") and loop.issues / ISSUES_A_CLOCK > 1.1 * floor:
         problems.append(f"issues {loop.issues:.1f} a score: more than 10 % above the floor")
-    if row.kernel == "shared_map" and loop.max_or_rescale:
-        problems.append("a running maximum in a loop that needs none")
     if loop.scalar_loads:
-        problems.append(f"{loop.scalar_loads} scalar loads in the loop")
+        problems.append(f"{loop.scalar_loads} scalar loads in the {name} loop")
     return problems
 
 
-def clocks(row: Row, cost: Cost, launch: Launch) -> str:
+def clocks(row: Row, name: str, loop: Loop, value_width: int) -> str:
     """Clocks of a multiprocessor per score by what the loop issues, its exps and its matrix products: a model."""
-    if cost.loop is None:
-        return ""
-    text = f"{cost.loop.issues:6.1f} {cost.loop.issues / ISSUES_A_CLOCK:6.3f} {cost.loop.exps / EXPS_A_CLOCK:6.3f}"
-    if row.kind == "float32":
-        return text
-    values = {"shared_map": launch.tile.value_width, "own_map": row.head_dim}.get(row.kernel, 0)
-    return f"{text} {(row.head_dim + values) / MATRIX_A_CLOCK[row.target]:6.3f}"
+    text = f"{loop.issues:6.1f} {loop.issues / ISSUES_A_CLOCK:6.3f} {loop.exps / EXPS_A_CLOCK:6.3f}"
+    if row.kind != "float32":
+        values = {"shared map": value_width, "own map": row.head_dim}.get(name, 0)
+        text += f" {(row.head_dim + values) / MATRIX_A_CLOCK[row.target]:6.3f}"
+    return f"{text:27} {name}"
 
 
 def main() -> int:
@@ -199,21 +200,22 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every row of the tile table")
     chosen = rows(parser.parse_args().all)
     print(f"{len(chosen)} builds, triton {triton.__version__}")
-    print("target  kernel      dims  kind     block_m x block_n  warps stages  registers  spilled  shared KiB", end="")
+    print("target  kernel dims  kind     block_m x block_n  warps stages  registers  spilled  shared KiB", end="")
     print("  matrix   issues  clocks: issue, exp, matrix")
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row, cost, problems in pool.map(build, chosen):
-            launch = make_launch(row)
-            tile = launch.tile
+            tile = make_launch(row).tile
+            loops = [clocks(row, name, loop, tile.value_width) for name, loop in cost.loops.items() if loop]
             failed += bool(problems)
             print(
-                f"{row.target:7} {row.kernel:11} {row.head_dim:4}  {row.kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
+                f"{row.target:7} {row.kernel:6} {row.head_dim:4}  {row.kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
                 f"{tile.num_warps:5} {tile.num_stages:6}  {cost.registers:9}  {cost.spill_bytes:7}  "
-                f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {clocks(row, cost, launch)}"
-                f"  {'; '.join(problems)}",
+                f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {loops[0] if loops else ''}  {'; '.join(problems)}",
                 flush=True,
             )
+            for loop in loops[1:]:
+                print(f"{'':92}{loop}")
     print(f"{len(chosen)} builds, {failed} wrong")
     return min(failed, 1)
 

@@ -18,12 +18,14 @@ class Loop(NamedTuple):
 
     issues: float
     exps: float
-    max_or_rescale: int  # FMNMX in the whole loop: an online softmax
     scalar_loads: int  # loads of less than 8 bytes from global memory
 
 
-def steady_loop(code: str, elements_a_thread: float) -> Loop | None:
-    """The innermost loop with matrix products and exps that issues least: the others also test the edges."""
+def steady_loop(code: str, elements_a_thread: float, online: bool) -> Loop | None:
+    """The innermost loop with matrix products and exps that issues least: the others also test the edges.
+
+    online: among those with a running maximum (FMNMX), an online softmax; else among those without.
+    """
     instructions = [(int(m[1], 16), m[2].strip()) for m in INSTRUCTION.finditer(code)]
     best = None
     for address, text in instructions:
@@ -32,12 +34,12 @@ def steady_loop(code: str, elements_a_thread: float) -> Loop | None:
             continue
         body = [t for a, t in instructions if int(branch[1], 16) <= a <= address]
         kinds = Counter(t.split()[0] for t in body)
-        exps = kinds["MUFU.EX2"]
-        if exps and any("MMA" in kind for kind in kinds) and (best is None or len(body) < len(best)):
+        attention = kinds["MUFU.EX2"] and any("MMA" in kind for kind in kinds)
+        maximum = any(kind.startswith("FMNMX") for kind in kinds)
+        if attention and maximum == online and (best is None or len(body) < len(best)):
             best = body
     if best is None:
         return None
     kinds = Counter(t.split()[0] for t in best)
     scalar = sum(n for kind, n in kinds.items() if re.fullmatch(r"LDG(\.E)?(\.U8|\.S8|\.U16)?", kind))
-    rescale = sum(n for kind, n in kinds.items() if kind.startswith("FMNMX"))
-    return Loop(len(best) / elements_a_thread, kinds["MUFU.EX2"] / elements_a_thread, rescale, scalar)
+    return Loop(len(best) / elements_a_thread, kinds["MUFU.EX2"] / elements_a_thread, scalar)

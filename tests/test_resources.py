@@ -19,9 +19,9 @@ good = resources.TARGETS["sm_90"]
 resources.TARGETS["sm_90"] = good._replace(shared_kib=1, matrix="UTCHMMA")
 print(resources.build(row)[2])
 resources.TARGETS["sm_90"] = good
-row = resources.Row("own_map", "sm_90", "float32", 256)
+row = resources.Row("attend", "sm_90", "float32", 256)
 print(resources.build(row)[2])
-kinds = configs.TILES["own_map"]["sm_90"]
+kinds = configs.TILES["attend"]["sm_90"]
 kinds["float32"] = tuple(replace(tile, spills="") for tile in kinds["float32"])
 print(resources.build(row)[2])
 """
@@ -48,4 +48,4 @@ def test_the_table_is_complete():
                 assert len(tiles) == len(configs.HEAD_DIMS)
                 for tile, dim in zip(tiles, configs.HEAD_DIMS, strict=True):
                     assert LSE_PAD % tile.block_m == 0
-                    assert kernel != "shared_map" or tile.value_width >= dim
+                    assert kernel != "attend" or tile.value_width >= dim

@@ -26,7 +26,6 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
         choice = dict(head=head, progress=progress, min_density=min_density)
         _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts, **choice).run()
         _attend.attend(problem, value, head, output, minus_lse).run()
-        _attend.attend(problem, value, head, output).run()
     return output, head, sink_counts
 
 
@@ -53,5 +52,4 @@ def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     with torch.cuda.device_of(query):
         _lse.lse(problem, minus_lse, head=head).run()
         _attend.attend(problem, value, head, output, minus_lse.expand(-1, heads, -1)).run()
-        _attend.attend(problem, value, head, output).run()
     return output

@@ -1,4 +1,4 @@
-"""The output, given the chosen head (spec, step 6): one kernel in two forms; for each batch row one leaves at once.
+"""The output, given the chosen head (spec, step 6): one launch, two kinds of programs; one leaves a batch row at once.
 
 SHARED, the map of head h* for all: one Q K^T and one exp per tile serve VALUE_HEADS value heads, side by side in one
 wide tile. The row log-sum-exps are known, so the map is normalised before P V: no online softmax, no rescaling, and P
@@ -24,37 +24,22 @@ from eah_kernels.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _attend_kernel(
+@triton.jit
+def attend_rows(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     out_ptr, stride_ob, stride_oh, stride_om, stride_od,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-    head_ptr, minus_lse_ptr, stride_lb, stride_lh,
-    batch, units, kv_heads, q_len, kv_len, scale, cap, window,
+    minus_lse_ptr, stride_lb, stride_lh,
+    b, h, start_m, first_value, kv_heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SHARED: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, VALUE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """units: groups of VALUE_HEADS value heads if SHARED, else query heads (and VALUE_HEADS = 1)."""
-    pid = tl.program_id(0)
-    b = pid % batch
-    unit = pid // batch % units
-    start_m = (tl.num_programs(0) // (batch * units) - 1 - pid // (batch * units)) * BLOCK_M  # longest rows first
-    h = tl.load(head_ptr + b)
-    if SHARED:
-        if h < 0:
-            return
-        first_value = unit * VALUE_HEADS
-        first_out = first_value * GROUP
-    else:
-        if h >= 0:
-            return
-        h = unit
-        first_value = unit // GROUP
-        first_out = unit
+    """Rows start_m, ... with the map of head h: times the value heads from first_value on, or (not SHARED) h's own."""
+    first_out = first_value * GROUP if SHARED else h
     q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
     k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
     v_ptr = at(at(v_ptr, b, stride_vb), first_value, stride_vh)
@@ -117,31 +102,71 @@ def _attend_kernel(
         tl.store(at(out_tile, copy, stride_oh), out, mask=real[:, None] & exists[None, :])
 
 
-def attend(problem: Problem, value, head, out, minus_lse=None) -> Launch:
-    """Writes out (B, Hq, Sq, Dv): with minus_lse, batch rows whose head is chosen; without, those whose head is -1."""
+@triton.jit(do_not_specialize=LENGTHS)
+def _attend_kernel(
+    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
+    v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+    out_ptr, stride_ob, stride_oh, stride_om, stride_od,
+    mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+    head_ptr, minus_lse_ptr, stride_lb, stride_lh,
+    batch, units, heads, kv_heads, q_len, kv_len, scale, cap, window,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, VALUE_HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """units: groups of VALUE_HEADS value heads. Of a row block, they come first, then the query heads."""
+    pid = tl.program_id(0)
+    b = pid % batch
+    unit = pid // batch % (units + heads)
+    blocks = tl.num_programs(0) // (batch * (units + heads))
+    start_m = (blocks - 1 - pid // (batch * (units + heads))) * BLOCK_M  # longest rows first
+    h = tl.load(head_ptr + b)
+    if unit < units:
+        if h >= 0:
+            attend_rows(
+                q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+                k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
+                v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+                out_ptr, stride_ob, stride_oh, stride_om, stride_od,
+                mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+                minus_lse_ptr, stride_lb, stride_lh,
+                b, h, start_m, unit * VALUE_HEADS, kv_heads, q_len, kv_len, scale, cap, window,
+                GROUP, HEAD_DIM, MAIN, TAIL, PRECISION, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP,
+                True, VALUE_DIM, VALUE_PAD, VALUE_HEADS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    elif h < 0:
+        attend_rows(
+            q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+            k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
+            v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
+            out_ptr, stride_ob, stride_oh, stride_om, stride_od,
+            mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+            minus_lse_ptr, stride_lb, stride_lh,
+            b, unit - units, start_m, (unit - units) // GROUP, kv_heads, q_len, kv_len, scale, cap, window,
+            GROUP, HEAD_DIM, MAIN, TAIL, PRECISION, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP,
+            False, VALUE_DIM, VALUE_PAD, 1, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
+    """Writes out (B, Hq, Sq, Dv), given head (B,) and minus_lse (B, Hq, padded_length), read where a head is chosen."""
     value = narrow(value)
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
-    shared = minus_lse is not None
-    tile = problem.tile("shared_map" if shared else "own_map", value_dim)
+    tile = problem.tile("attend", value_dim)
     value_pad = max(16, triton.next_power_of_2(value_dim))
-    value_heads = max(1, min(tile.value_width // value_pad, triton.next_power_of_2(kv_heads))) if shared else 1
-    units = triton.cdiv(kv_heads, value_heads) if shared else heads
-    stride_lb, stride_lh = minus_lse.stride()[:2] if shared else (0, 0)
+    value_heads = max(1, min(tile.value_width // value_pad, triton.next_power_of_2(kv_heads)))
+    units = triton.cdiv(kv_heads, value_heads)
     return Launch(
         _attend_kernel,
-        batch * units * triton.cdiv(q_len, tile.block_m),
+        batch * (units + heads) * triton.cdiv(q_len, tile.block_m),
         tile,
         problem.arguments
         | operand("v", "vb vh vn vd", value)
         | operand("out", "ob oh om od", out)
-        | dict(
-            head_ptr=head,
-            minus_lse_ptr=minus_lse,
-            stride_lb=stride_lb,
-            stride_lh=stride_lh,
-            units=units,
-            kv_heads=kv_heads,
-        )
-        | dict(SHARED=shared, VALUE_DIM=value_dim, VALUE_PAD=value_pad, VALUE_HEADS=value_heads),
+        | dict(head_ptr=head, minus_lse_ptr=minus_lse, stride_lb=minus_lse.stride(0), stride_lh=minus_lse.stride(1))
+        | dict(units=units, heads=heads, kv_heads=kv_heads)
+        | dict(VALUE_DIM=value_dim, VALUE_PAD=value_pad, VALUE_HEADS=value_heads),
     )

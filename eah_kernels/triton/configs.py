@@ -104,24 +104,24 @@ TILES = {
             "float32": (Tile(64, 128, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
         },
     },
-    "shared_map": {
+    "attend": {
         "sm_80": {
-            "plain": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
-            "masked": (Tile(64, 64, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 64, 8, 2, 256)),
+            "plain": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256)),
+            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
             "float32": (Tile(32, 32, 4, 1, 64), Tile(32, 16, 8, 1, 256), Tile(64, 32, 8, 1, 256, spills=THREE_TF32)),
         },
         "sm_89": {
             "plain": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
-            "masked": (Tile(64, 64, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
             "float32": (
-                Tile(32, 16, 4, 1, 64),
+                Tile(32, 32, 8, 1, 64),
                 Tile(32, 16, 8, 1, 256, spills=THREE_TF32),
                 Tile(32, 16, 4, 1, 256, spills=THREE_TF32),
             ),
         },
         "sm_90": {
-            "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256)),
-            "masked": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
+            "masked": (Tile(64, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
             "float32": (
                 Tile(64, 16, 4, 1, 128),
                 Tile(128, 32, 8, 1, 128, spills=THREE_TF32),
@@ -129,8 +129,8 @@ TILES = {
             ),
         },
         "sm_100": {
-            "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256)),
-            "masked": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256)),
+            "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
+            "masked": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
             "float32": (
                 Tile(64, 32, 8, 1, 128),
                 Tile(64, 32, 8, 1, 128, spills=THREE_TF32),
@@ -139,43 +139,8 @@ TILES = {
         },
         "gfx942": {
             "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
-            "masked": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
             "float32": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 4, 2, 128), Tile(64, 16, 8, 1, 256)),
-        },
-    },
-    "own_map": {
-        "sm_80": {
-            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-            "masked": (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "float32": (Tile(64, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1, spills=THREE_TF32)),
-        },
-        "sm_89": {
-            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "masked": (Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "float32": (Tile(64, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 32, 4, 1, spills=THREE_TF32)),
-        },
-        "sm_90": {
-            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "float32": (
-                Tile(128, 32, 8, 2),
-                Tile(64, 16, 4, 1, spills=THREE_TF32),
-                Tile(64, 32, 4, 1, spills=THREE_TF32),
-            ),
-        },
-        "sm_100": {
-            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-            "float32": (
-                Tile(64, 64, 8, 2),
-                Tile(64, 16, 8, 1, spills=THREE_TF32),
-                Tile(32, 16, 4, 1, spills=THREE_TF32),
-            ),
-        },
-        "gfx942": {
-            "plain": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-            "masked": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
-            "float32": (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
         },
     },
 }
@@ -183,7 +148,7 @@ INTERPRETER = Tile(64, 64, num_warps=4, num_stages=1, value_width=256)
 
 
 def find_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
-    """The row for "lse", "sinks", "shared_map" or "own_map"; head_dim is the larger of the key's and the value's."""
+    """The row for "lse", "sinks" or "attend"; head_dim is the larger of the key's and the value's."""
     if target == "interpreter":
         return INTERPRETER
     kind = "float32" if dtype == torch.float32 else "masked" if masked else "plain"
