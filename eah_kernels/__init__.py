@@ -4,10 +4,19 @@ from eah_kernels.api import (
     EAHResult,
     SinkStatistics,
     eah_attention,
+    receiving_heads,
     select_head,
     shared_map_attention,
     sink_statistics,
 )
 
-__all__ = ["EAHResult", "SinkStatistics", "eah_attention", "select_head", "shared_map_attention", "sink_statistics"]
+__all__ = [
+    "EAHResult",
+    "SinkStatistics",
+    "eah_attention",
+    "receiving_heads",
+    "select_head",
+    "shared_map_attention",
+    "sink_statistics",
+]
 __version__ = "0.1.0"

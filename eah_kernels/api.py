@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ def eah_attention(
     *,
     threshold: float = 0.002,
     min_density: float = 0.0,
+    broadcast_to: int | Literal["all"] = "all",
     attention_mask: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -66,6 +67,8 @@ def eah_attention(
         image_mask: (B, Skv) bool, True where the key is an image token.
         threshold: a mean attention probability, >= 0.
         min_density: a fraction of the row's image tokens, 0..1.
+        broadcast_to: how many heads receive the map, 1..Hq: those with the fewest sinks, the higher index on a tie (the
+            paper's ablation). The others keep their own. A number below Hq costs ordinary attention on top.
         attention_mask: None; (B, Skv) bool, True = real key; (B|1, 1|Hq, Sq, Skv) bool, True = visible; or that shape
             in a floating dtype, added to the scaled, soft-capped score: an entry <= finfo(dtype).min / 2 hides the key.
             float64 is read as float32 unless query is float64.
@@ -90,6 +93,7 @@ def eah_attention(
     _check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
     _check_fraction("threshold", threshold, math.inf)
     _check_fraction("min_density", min_density, 1.0)
+    number = _receivers(broadcast_to, query.shape[1])
     backend = choose_backend(backend, query)
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         counts = query.new_zeros(query.shape[:2], dtype=torch.int32)
@@ -97,8 +101,13 @@ def eah_attention(
     arguments = query, key, value, image_mask, threshold, min_density
     with _exact(query):
         if backend == "reference":
-            return EAHResult(*reference.eah_attention(*arguments, scoring, _reference_dtype(query)))
-        return EAHResult(*ops.eah_attention(*arguments, *scoring, backend))
+            return EAHResult(*reference.eah_attention(*arguments, scoring, _reference_dtype(query), number))
+        if number is None:
+            return EAHResult(*ops.eah_attention(*arguments, *scoring, backend))
+        sink_counts, _, _ = ops.sink_statistics(query, key, image_mask, threshold, False, *scoring, backend)
+        head = reference.select_head(sink_counts, image_mask, min_density)
+        receives = reference.receiving_heads(sink_counts, head, number)
+        return EAHResult(_lend(query, key, value, head, receives, scoring, backend), head, sink_counts)
 
 
 def sink_statistics(
@@ -157,12 +166,30 @@ def select_head(sink_counts: Tensor, image_mask: Tensor, min_density: float = 0.
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
-    _require_tensors(sink_counts=sink_counts)
-    if sink_counts.dim() != 2 or sink_counts.shape[1] == 0 or sink_counts.dtype != torch.int32:
-        raise ValueError(f"sink_counts must be (B, Hq) int32 with Hq >= 1, got {_describe(sink_counts)}")
+    _check_counts(sink_counts)
     _check_image_mask(image_mask, sink_counts.shape[0], None, sink_counts.device)
     _check_fraction("min_density", min_density, 1.0)
     return reference.select_head(sink_counts, image_mask, min_density)
+
+
+def receiving_heads(sink_counts: Tensor, head: Tensor, broadcast_to: int | Literal["all"]) -> Tensor:
+    """The heads that take the chosen head's map: those with the fewest sinks, the higher index on a tie.
+
+    Args:
+        sink_counts: (B, Hq) int32, from `sink_statistics`.
+        head: (B,) int32, from `select_head`.
+        broadcast_to: how many, 1..Hq, or "all".
+
+    Returns:
+        (B, Hq) bool; no head of a row whose `head` is -1.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+    """
+    _check_counts(sink_counts)
+    _check_head(head, sink_counts)
+    number = _receivers(broadcast_to, sink_counts.shape[1])
+    return reference.receiving_heads(sink_counts, head, sink_counts.shape[1] if number is None else number)
 
 
 def shared_map_attention(
@@ -171,6 +198,7 @@ def shared_map_attention(
     value: Tensor,
     head: Tensor,
     *,
+    receives: Tensor | None = None,
     attention_mask: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -182,6 +210,7 @@ def shared_map_attention(
 
     Args:
         head: (B,) int32, each -1 or a query head's index (not checked: that would read the device).
+        receives: (B, Hq) bool, from `receiving_heads`: the heads that take the map; the others keep their own.
         The others as for `eah_attention`, and so the errors.
 
     Returns:
@@ -189,16 +218,27 @@ def shared_map_attention(
     """
     scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
     _check_value(query, key, value)
-    _require_tensors(head=head)
-    if head.shape != query.shape[:1] or head.dtype != torch.int32 or head.device != query.device:
-        raise ValueError(f"head must be ({query.shape[0]},) int32 on {query.device}, got {_describe(head)}")
+    _check_head(head, query)
+    if receives is not None:
+        _require_tensors(receives=receives)
+        if receives.shape != query.shape[:2] or receives.dtype != torch.bool or receives.device != query.device:
+            shape = tuple(query.shape[:2])
+            raise ValueError(f"receives must be {shape} bool on {query.device}, got {_describe(receives)}")
     backend = choose_backend(backend, query)
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         return ops.empty_output(query, value).zero_()
     with _exact(query):
         if backend == "reference":
-            return reference.shared_map_attention(query, key, value, head, scoring, _reference_dtype(query))
-        return ops.shared_map_attention(query, key, value, head, *scoring, backend)
+            return reference.shared_map_attention(query, key, value, head, scoring, _reference_dtype(query), receives)
+        return _lend(query, key, value, head, receives, scoring, backend)
+
+
+def _lend(query, key, value, head, receives, scoring: Scoring, backend: str) -> Tensor:
+    shared = ops.shared_map_attention(query, key, value, head, *scoring, backend)
+    if receives is None:
+        return shared
+    own = ops.shared_map_attention(query, key, value, torch.full_like(head, -1), *scoring, backend)
+    return torch.where((receives & (head >= 0)[:, None])[..., None, None], shared, own)
 
 
 def choose_backend(backend: str, query: Tensor) -> str:
@@ -288,6 +328,27 @@ def _check(query, key, attention_mask, causal, scale, sliding_window, softcap) -
     elif not (_is_number(scale) and math.isfinite(scale)):
         raise ValueError(f"scale must be None or a finite number, got {scale!r}")
     return Scoring(attention_mask, causal, float(scale), sliding_window, softcap)
+
+
+def _check_counts(sink_counts: Tensor) -> None:
+    _require_tensors(sink_counts=sink_counts)
+    if sink_counts.dim() != 2 or sink_counts.shape[1] == 0 or sink_counts.dtype != torch.int32:
+        raise ValueError(f"sink_counts must be (B, Hq) int32 with Hq >= 1, got {_describe(sink_counts)}")
+
+
+def _check_head(head: Tensor, like: Tensor) -> None:
+    _require_tensors(head=head)
+    if head.shape != like.shape[:1] or head.dtype != torch.int32 or head.device != like.device:
+        raise ValueError(f"head must be ({like.shape[0]},) int32 on {like.device}, got {_describe(head)}")
+
+
+def _receivers(broadcast_to: int | str, heads: int) -> int | None:
+    """How many heads receive the map; None = all."""
+    if broadcast_to == "all" or (broadcast_to == heads and type(broadcast_to) is int):
+        return None
+    if type(broadcast_to) is not int or not 1 <= broadcast_to < heads:
+        raise ValueError(f'broadcast_to must be "all" or an int within 1..{heads}, got {broadcast_to!r}')
+    return broadcast_to
 
 
 def _check_value(query: Tensor, key: Tensor, value: Tensor) -> None:

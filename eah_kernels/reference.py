@@ -56,20 +56,29 @@ def select_head(sink_counts: Tensor, image_mask: Tensor, min_density: float) -> 
     return torch.where(chosen, head, -1).int()
 
 
-def shared_map_attention(query, key, value, head, scoring: Scoring, dtype=torch.float32) -> Tensor:
-    """Every head outputs P_{h*} V_h; where h* = -1, P_h V_h. (B, Hq, Sq, Dv)."""
+def receiving_heads(sink_counts: Tensor, head: Tensor, number: int) -> Tensor:
+    """The `number` heads with the fewest sinks, the higher index on a tie; none where h* = -1. (B, Hq) bool."""
+    fewest_first = sink_counts.flip(-1).argsort(dim=-1, stable=True)
+    rank = fewest_first.argsort(-1).flip(-1)
+    return (rank < number) & (head >= 0)[:, None]
+
+
+def shared_map_attention(query, key, value, head, scoring: Scoring, dtype=torch.float32, receives=None) -> Tensor:
+    """Every head, or those that `receives` (B, Hq) marks, outputs P_{h*} V_h; else P_h V_h. (B, Hq, Sq, Dv)."""
     probability, _, visible = attention_maps(query, key, scoring, dtype)
     own = torch.arange(query.shape[1], device=query.device)
-    source = torch.where(head[:, None] < 0, own, head[:, None])
+    lent = (head >= 0)[:, None] if receives is None else receives & (head >= 0)[:, None]
+    source = torch.where(lent, head[:, None], own)
     batch = torch.arange(query.shape[0], device=query.device)[:, None]
     shared, seen = probability[batch, source], visible.expand_as(probability).any(-2)[batch, source]
     value = value.to(dtype).repeat_interleave(query.shape[1] // max(value.shape[1], 1), dim=1)
     return (shared @ value.masked_fill(~seen.unsqueeze(-1), 0)).to(query.dtype)
 
 
-def eah_attention(query, key, value, image_mask, threshold, min_density, scoring: Scoring, dtype=torch.float32):
-    """(output, head, sink_counts) of one layer; the choice carries no gradient."""
+def eah_attention(query, key, value, image_mask, threshold, min_density, scoring, dtype=torch.float32, number=None):
+    """(output, head, sink_counts) of one layer, `number` of its heads receiving; the choice carries no gradient."""
     with torch.no_grad():
         sink_counts, _, _ = sink_statistics(query, key, image_mask, threshold, scoring, dtype)
         head = select_head(sink_counts, image_mask, min_density)
-    return shared_map_attention(query, key, value, head, scoring, dtype), head, sink_counts
+        receives = None if number is None else receiving_heads(sink_counts, head, number)
+    return shared_map_attention(query, key, value, head, scoring, dtype, receives), head, sink_counts

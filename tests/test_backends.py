@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eah_kernels import eah_attention
+from eah_kernels import eah_attention, reference
 from support import NATIVE, Case, check, exact, make
 
 SHAPES = [
@@ -82,6 +82,28 @@ def test_density_gate(backend, kernel_device):
         density = (most[row] / image_tokens[row]).item()
         assert eah_attention(*tensors, min_density=density * 0.999, **options).head[row] == open_gate.head[row] >= 0
         assert eah_attention(*tensors, min_density=density * 1.001, **options).head[row] == -1
+
+
+@pytest.mark.parametrize("mask", ["left", "bool_heads"])
+@pytest.mark.parametrize("broadcast_to", [1, 5, 8])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])
+def test_a_number_of_heads_receives_the_map(backend, broadcast_to, mask, kernel_device):
+    inputs = make(Case(batch=3, heads=8, kv_heads=2, q_len=70, image="absent", mask=mask), device=kernel_device)
+    shared, head, counts, *_, threshold = exact(inputs)
+    wide = inputs.widened()
+    own = reference.shared_map_attention(
+        wide.query, wide.key, wide.value, torch.full_like(head, -1), wide.scoring, torch.float64
+    )
+    by_count = [sorted(range(8), key=lambda h, row=row: (row[h], -h))[:broadcast_to] for row in counts.tolist()]
+    want = own.clone()
+    for row, receiving in enumerate(by_count):
+        if head[row] >= 0:
+            want[row, receiving] = shared[row, receiving]
+    options = dict(attention_mask=inputs.attention_mask, backend=backend, broadcast_to=broadcast_to)
+    tensors = inputs.query, inputs.key, inputs.value, inputs.image_mask
+    result = eah_attention(*tensors, threshold=threshold, **options)
+    assert torch.equal(result.head, head) and torch.equal(result.sink_counts, counts)
+    torch.testing.assert_close(result.output.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])

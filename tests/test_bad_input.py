@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from eah_kernels import eah_attention, select_head, shared_map_attention, sink_statistics
+from eah_kernels import eah_attention, receiving_heads, select_head, shared_map_attention, sink_statistics
 from support import NATIVE
 
 B, H, S, D = 2, 4, 5, 8
@@ -66,6 +66,10 @@ BAD = [
     ("min_density", ValueError, dict(min_density=-0.1)),
     ("min_density", ValueError, dict(min_density=1.5)),
     ("min_density", ValueError, dict(min_density=float("nan"))),
+    ("broadcast_to", ValueError, dict(broadcast_to=0)),
+    ("broadcast_to", ValueError, dict(broadcast_to=H + 1)),
+    ("broadcast_to", ValueError, dict(broadcast_to=True)),
+    ("broadcast_to", ValueError, dict(broadcast_to="some")),
     ("causal", TypeError, dict(causal=1)),
     ("scale", ValueError, dict(scale=float("inf"))),
     ("sliding_window", ValueError, dict(sliding_window=0)),
@@ -90,6 +94,10 @@ def test_the_other_functions_check_too():
     counts = torch.zeros(B, H, dtype=torch.int32)
     for name, call in {
         "head": lambda: shared_map_attention(good["query"], good["key"], good["value"], counts),
+        "receives": lambda: shared_map_attention(
+            good["query"], good["key"], good["value"], counts[:, 0].contiguous(), receives=counts
+        ),
+        "broadcast_to": lambda: receiving_heads(counts, counts[:, 0], H + 1),
         "sink_counts": lambda: select_head(counts.float(), image),
         "image_mask": lambda: select_head(counts, image[:1]),
         "min_density": lambda: select_head(counts, image, 2.0),

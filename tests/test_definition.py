@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eah_kernels import eah_attention, reference, select_head, sink_statistics
+from eah_kernels import eah_attention, receiving_heads, reference, select_head, sink_statistics
 from eah_kernels.masks import Scoring
 
 # Attention weights before normalisation, row by row; head 0 and head 1. Worked on paper:
@@ -59,6 +59,17 @@ def test_the_map_is_shared_and_the_values_are_not():
     ordinary = by_hand(0.6).output
     torch.testing.assert_close(ordinary[0, 0, 3, 0], torch.tensor(1111 / 4))
     torch.testing.assert_close(ordinary[0, 1, 3, 0], -last_row)
+
+
+@pytest.mark.parametrize(
+    ("broadcast_to", "receiving"), [(1, [2]), (2, [1, 2]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), ("all", [0, 1, 2, 3])]
+)
+def test_the_heads_with_fewest_sinks_receive(broadcast_to, receiving):
+    """The higher index on a tie; none in a batch row without a chosen head."""
+    counts = torch.tensor([[2, 0, 0, 5], [0, 0, 0, 0]], dtype=torch.int32)
+    marked = receiving_heads(counts, torch.tensor([3, -1], dtype=torch.int32), broadcast_to)
+    assert marked[0].nonzero().flatten().tolist() == receiving
+    assert not marked[1].any()
 
 
 def test_threshold_is_strict():

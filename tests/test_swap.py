@@ -151,6 +151,18 @@ def test_min_density_keeps_rows_out():
     assert row.head is None and "min_density" in row.why_none and row.density == pytest.approx(density)
 
 
+@pytest.mark.parametrize("way", ["kernels", "maps", "gradients"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_some_heads_receive_the_map(family, way):
+    model, inputs = build(family, "eager"), prompt(family, *CASES["a row without image"])
+    oracle = tuned(model, inputs, number=2)
+    all_heads = tuned(model, inputs)(**inputs)
+    with eah.enable(model, threshold=oracle.threshold, broadcast_to=2), torch.set_grad_enabled(way == "gradients"):
+        got = model(**inputs, output_attentions=way == "maps").logits.detach()
+    close(got, oracle(**inputs), inputs["attention_mask"])
+    assert (got - all_heads)[0].abs().max() > 0.01
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_embeds_without_ids(family):
     model, inputs = build(family), prompt(family, *CASES["left padding"])

@@ -127,10 +127,10 @@ class Oracle:
     seen are kept, so that a test can choose a threshold at which rounding decides nothing.
     """
 
-    def __init__(self, model, image_mask, layers=(1,), threshold=0.002, min_density=0.0):
+    def __init__(self, model, image_mask, layers=(1,), threshold=0.002, min_density=0.0, number=None):
         self.model = copy.deepcopy(model)
         self.model.set_attn_implementation("eager")
-        self.image_mask, self.threshold, self.min_density = image_mask, threshold, min_density
+        self.image_mask, self.threshold, self.min_density, self.number = image_mask, threshold, min_density, number
         self.head, self.counts, self.means = {}, {}, {}
         for layer in layers:
             attention = attention_of(self.model, layer)
@@ -171,7 +171,7 @@ class Oracle:
             softcap = getattr(attention, "attn_logit_softcapping", None)
             scoring = Scoring(attention_mask, False, attention.scaling, softcap=softcap)
             output, head, counts = reference.eah_attention(
-                q, k, v, image, self.threshold, self.min_density, scoring, torch.float32
+                q, k, v, image, self.threshold, self.min_density, scoring, torch.float32, self.number
             )
             self.head[attention.layer_idx], self.counts[attention.layer_idx] = head, counts
             self.means[attention.layer_idx] = reference.sink_statistics(q, k, image, 0.0, scoring)[2].masked_fill(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 
@@ -31,6 +32,7 @@ def enable(
     min_density: float = 0.0,
     decode: str = "off",
     backend: str = "auto",
+    broadcast_to: int | Literal["all"] = "all",
     video: bool = True,
     history: int = 0,
 ) -> Handle:
@@ -46,6 +48,7 @@ def enable(
         min_density: no head lends its map below this many sinks per image token, 0..1.
         decode: what single-token steps do; "off" leaves them to the model's own attention.
         backend: as in `eah_kernels.eah_attention`.
+        broadcast_to: how many heads of the layer take the map, those with the fewest sinks (the paper's ablation).
         video: count the placeholder tokens of videos as image tokens, in families that have them.
         history: how many prefills `handle.history` remembers. Under torch.compile it costs a graph break per layer.
 
@@ -73,14 +76,14 @@ def enable(
         raise ValueError(f'decode must be "off", got {decode!r}')
     if type(history) is not int or history < 0:
         raise ValueError(f"history must be an int >= 0, got {history!r}")
-    _check_knobs(model, threshold, min_density, backend)
     family = family_of(model)
     token_ids = image_token_ids(model, family or Family(), video)
     modules = attention_modules(model, layers, may_move=isinstance(layers, DefaultLayers))
+    settings = Settings(threshold, min_density, backend, broadcast_to, tested=family is not None)
+    _check_knobs(model, min(module.config.num_attention_heads for module in modules), settings)
     notes = _notes(model, family, layers, tuple(module.layer_idx for module in modules))
 
     register()
-    settings = Settings(threshold, min_density, backend, tested=family is not None)
     swapped = tuple(SwappedLayer(module, settings, history) for module in modules)
     hook = EnabledModel(model, family or Family(), token_ids, swapped, notes)
     hook.attach()
@@ -202,9 +205,15 @@ def _notes(model, family: Family | None, asked: tuple[int, ...], used: tuple[int
     return tuple(notes)
 
 
-def _check_knobs(model, threshold, min_density, backend) -> None:
+def _check_knobs(model, heads: int, settings: Settings) -> None:
     """Raises for a bad knob, and for a backend that cannot run where the model is: an empty call checks them all."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    empty = torch.empty(0, 1, 1, 1, dtype=model.dtype, device=device)
+    empty = torch.empty(0, heads, 1, 1, dtype=model.dtype, device=device)
     image_mask = torch.empty(0, 1, dtype=torch.bool, device=device)
-    eah_attention(empty, empty, empty, image_mask, threshold=threshold, min_density=min_density, backend=backend)
+    eah_attention(
+        *(empty, empty, empty, image_mask),
+        threshold=settings.threshold,
+        min_density=settings.min_density,
+        broadcast_to=settings.broadcast_to,
+        backend=settings.backend,
+    )

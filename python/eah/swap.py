@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eah.image_tokens import CACHED, PREFILL, Prefill
 from eah.models import PLAIN_CAUSAL_DECODERS, attention_namespace
 from eah.report import Record
-from eah_kernels import eah_attention, select_head, sink_statistics
+from eah_kernels import eah_attention, receiving_heads, select_head, sink_statistics
 
 NAME = "eah"
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     threshold: float
     min_density: float
     backend: str
+    broadcast_to: int | str
     tested: bool  # the model is of a known family
 
 
@@ -156,7 +157,8 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     min_density = layer.settings.min_density
     q, k, v = _as_under_autocast(query, call.key, call.value)
     if not (_requires_grad(query, key, value, attention_mask) or _wants_maps(layer.config, implementation, kwargs)):
-        result = eah_attention(q, k, v, call.image_mask, min_density=min_density, **knobs)
+        choice = dict(min_density=min_density, broadcast_to=layer.settings.broadcast_to)
+        result = eah_attention(q, k, v, call.image_mask, **choice, **knobs)
         layer.remember(Record(result.head, result.sink_counts, call.image_mask, by_embedding=prefill.by_embedding))
         return result.output.transpose(1, 2), None
 
@@ -165,8 +167,13 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
         counts = sink_statistics(q, k, call.image_mask, **knobs).sink_counts
         head = select_head(counts, call.image_mask, min_density)
     layer.remember(Record(head, counts, call.image_mask, by_embedding=prefill.by_embedding))
-    query, key, attention_mask = lend(head, query, key, attention_mask)
-    return base(view, query, key, value, attention_mask, **kwargs)
+    output, maps = base(view, *lend(head, query, key, value, attention_mask), **kwargs)
+    if layer.settings.broadcast_to == "all":
+        return output, maps
+    receives = receiving_heads(counts, head, layer.settings.broadcast_to)[:, :, None, None]
+    own_output, own_maps = base(view, query, key, value, attention_mask, **kwargs)
+    output = torch.where(receives.transpose(1, 2), output, own_output)
+    return output, maps if maps is None else torch.where(receives, maps, own_maps)
 
 
 def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill, kwargs) -> str | None:
@@ -227,8 +234,8 @@ def what_arrived(layer, implementation, query, key, value, attention_mask, prefi
     return Call(key, value, image_mask, attention_mask[..., :q_len], False)
 
 
-def lend(head: Tensor, query: Tensor, key: Tensor, attention_mask: Tensor | None):
-    """Query, key and mask with which ordinary attention gives every head the chosen head's map.
+def lend(head: Tensor, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None):
+    """Query, key, value and mask with which ordinary attention gives every head the chosen head's map.
 
     head (B,), -1 = the row keeps its own. Differentiable in query and key.
     """
@@ -241,7 +248,7 @@ def lend(head: Tensor, query: Tensor, key: Tensor, attention_mask: Tensor | None
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[1] > 1:
         attention_mask = attention_mask.expand(len(head), -1, -1, -1)
         attention_mask = torch.where(own, attention_mask, attention_mask[row, source][:, None])
-    return query, key, attention_mask
+    return query, key, value, attention_mask
 
 
 def _dense(block_mask, device) -> Tensor:
