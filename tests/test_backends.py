@@ -21,6 +21,7 @@ SHAPES = [
     Case(q_len=65, layout="sliced", dim=72),
     Case(q_len=65, layout="expanded"),
     Case(q_len=129, image="absent"),
+    Case(q_len=9, heads=130, kv_heads=1, dim=16, batch=1, image="all"),
     Case(q_len=63, scale=0.2, layout="bhsd"),
     Case(q_len=63, scale=-0.1),
 ]

@@ -60,7 +60,7 @@ def seeing_rows(
 
 
 @triton.jit
-def choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density, HEADS: tl.constexpr):
+def choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density):
     """Every program of batch row b comes here once, after its sinks; the last one chooses (spec, step 5).
 
     progress_ptr: (B, 2) int32, programs that came here and image tokens. Releasing at the one and acquiring at the
@@ -68,9 +68,13 @@ def choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density,
     """
     came_before = tl.atomic_add(progress_ptr + 2 * b, 1, sem="acq_rel")
     if came_before == tl.num_programs(0) // batch - 1:
-        h = tl.arange(0, HEADS)
-        count = tl.load(count_ptr + b * heads + h, mask=h < heads, other=-1, cache_modifier=".cg")
-        most, head = tl.max(count, 0, return_indices=True, return_indices_tie_break_left=True)
+        most, head = -1, -1
+        for start in range(0, heads, 128):
+            h = start + tl.arange(0, 128)
+            count = tl.load(count_ptr + b * heads + h, mask=h < heads, other=-1, cache_modifier=".cg")
+            most_here, head_here = tl.max(count, 0, return_indices=True, return_indices_tie_break_left=True)
+            head = tl.where(most_here > most, start + head_here, head)
+            most = tl.maximum(most, most_here)
         image_tokens = tl.maximum(tl.load(progress_ptr + 2 * b + 1), 1)
         density = tl.div_rn(most.to(tl.float32), image_tokens.to(tl.float32))
         tl.store(head_ptr + b, tl.where((most > 0) & (density >= min_density), head, -1))
@@ -85,9 +89,8 @@ def _sinks_kernel(
     progress_ptr, head_ptr, min_density, batch, heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    WANT_MEAN: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WANT_MEAN: tl.constexpr, CHOOSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """HEADS: 0, or a power of two >= heads to choose one of them."""
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
@@ -96,8 +99,8 @@ def _sinks_kernel(
     key = start_n + local_n
     image = tl.load(at(at(image_ptr, b, stride_ib), key, stride_in), mask=key < kv_len, other=0) != 0
     if tl.sum(image.to(tl.int32), 0) == 0:
-        if HEADS:
-            choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density, HEADS)
+        if CHOOSE:
+            choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density)
         return
     q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
     k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
@@ -152,8 +155,8 @@ def _sinks_kernel(
     mean = tl.where(shown, mean, 0.0)
     sinks = tl.sum((image & (mean > threshold)).to(tl.int32), 0)
     tl.atomic_add(count_ptr + b * heads + h, sinks, sem="relaxed")
-    if HEADS:
-        choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density, HEADS)
+    if CHOOSE:
+        choose_head(b, batch, heads, count_ptr, progress_ptr, head_ptr, min_density)
     if WANT_MEAN:
         tl.store(mean_ptr + tl.cast(b * heads + h, tl.int64) * kv_len + key, mean, mask=image)
 
@@ -186,6 +189,5 @@ def sinks(
             minus_lse_ptr=minus_lse, stride_lb=minus_lse.stride(0), stride_lh=minus_lse.stride(1), count_ptr=sink_counts
         )
         | dict(mean_ptr=column_mean, WANT_MEAN=column_mean is not None, threshold=threshold, heads=heads)
-        | dict(head_ptr=head, progress_ptr=progress, min_density=min_density)
-        | dict(HEADS=0 if head is None else triton.next_power_of_2(heads)),
+        | dict(head_ptr=head, progress_ptr=progress, min_density=min_density, CHOOSE=head is not None),
     )
