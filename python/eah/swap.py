@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eah.image_tokens import CACHED, PREFILL, Prefill
 from eah.models import PLAIN_CAUSAL_DECODERS, attention_namespace
+from eah.parallel import head_block, lend_across, of_all_heads, of_own_heads
 from eah.report import Record
 from eah_kernels import eah_attention, receiving_heads, select_head, sink_statistics
 
@@ -25,7 +26,8 @@ HANDLED = ("sdpa", "eager", *FLASH, "flex_attention")  # base implementations wh
 
 NO_IMAGE_MASK = "no image mask reached the layer: the forward did not go through the enabled model's base model"
 DROPOUT = "attention dropout is active"
-SOME_HEADS = "the layer computes only some of its heads here (tensor parallel)"
+SOME_HEADS = "the layer computes only some of its heads here, and its weights do not say which (tensor parallel)"
+MASK_PER_HEAD = "each head has a mask of its own, and the heads are spread over processes (tensor parallel)"
 UNALIGNED = "the layer has other keys than the tokens of this forward"
 MASK_FORM = "the attention mask is of a form that is not known for this attention implementation"
 UNSUPPORTED_ARGUMENTS = {
@@ -156,21 +158,30 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     }
     min_density = layer.settings.min_density
     q, k, v = _as_under_autocast(query, call.key, call.value)
-    if not (_requires_grad(query, key, value, attention_mask) or _wants_maps(layer.config, implementation, kwargs)):
+    block = head_block(module) if _spread(layer, query) else None
+    wants_base = _requires_grad(query, key, value, attention_mask) or _wants_maps(layer.config, implementation, kwargs)
+    if block is None and not wants_base:
         choice = dict(min_density=min_density, broadcast_to=layer.settings.broadcast_to)
         result = eah_attention(q, k, v, call.image_mask, **choice, **knobs)
         layer.remember(Record(result.head, result.sink_counts, call.image_mask, by_embedding=prefill.by_embedding))
         return result.output.transpose(1, 2), None
 
-    # For gradients, and for the maps, the base implementation runs on the chosen head's query and key.
+    # For gradients, for the maps, and with the chosen head in another process, the base implementation runs on its
+    # query and key.
     with torch.no_grad():
         counts = sink_statistics(q, k, call.image_mask, **knobs).sink_counts
+        counts = counts if block is None else of_all_heads(block, counts)
         head = select_head(counts, call.image_mask, min_density)
     layer.remember(Record(head, counts, call.image_mask, by_embedding=prefill.by_embedding))
-    output, maps = base(view, *lend(head, query, key, value, attention_mask), **kwargs)
+    if block is None:
+        lent = lend(head, query, key, value, attention_mask)
+    else:
+        lent = *lend_across(block, head, query, key), value, attention_mask
+    output, maps = base(view, *lent, **kwargs)
     if layer.settings.broadcast_to == "all":
         return output, maps
-    receives = receiving_heads(counts, head, layer.settings.broadcast_to)[:, :, None, None]
+    receives = receiving_heads(counts, head, layer.settings.broadcast_to)
+    receives = (receives if block is None else of_own_heads(block, receives))[:, :, None, None]
     own_output, own_maps = base(view, query, key, value, attention_mask, **kwargs)
     output = torch.where(receives.transpose(1, 2), output, own_output)
     return output, maps if maps is None else torch.where(receives, maps, own_maps)
@@ -188,12 +199,21 @@ def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill,
     if kwargs.get("dropout"):
         return DROPOUT
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
-    if heads != getattr(layer.config, "num_attention_heads", heads):
-        return SOME_HEADS
+    if _spread(layer, query):
+        block = head_block(layer.module)
+        if block is None or block.size * heads != layer.config.num_attention_heads:
+            return SOME_HEADS
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[1] > 1:
+            return MASK_PER_HEAD
     aligned = kv_len == q_len or (kv_len > q_len and prefill.has_cache)
     if not aligned or tuple(prefill.image_mask.shape) != (batch, q_len):
         return UNALIGNED
     return None if _mask_is_known(implementation, attention_mask, batch, heads, q_len, kv_len) else MASK_FORM
+
+
+def _spread(layer, query) -> bool:
+    """The layer has more heads than this process computes."""
+    return query.shape[1] != getattr(layer.config, "num_attention_heads", query.shape[1])
 
 
 def _mask_is_known(implementation, mask, batch, heads, q_len, kv_len) -> bool:
