@@ -102,7 +102,7 @@ def reductions(model, inputs, threshold) -> int:
 def masks_per_head(model, inputs, threshold):
     """Logits as they are and as an enabled model gives them, and the report."""
     length = inputs["input_ids"].shape[1]
-    visible = torch.ones(len(inputs["input_ids"]), 2, length, length, dtype=torch.bool).tril()
+    visible = torch.ones(len(inputs["input_ids"]), 4, length, length, dtype=torch.bool).tril()
     with torch.no_grad():
         plain = model(**{**inputs, "attention_mask": visible}).logits
     return plain, *forward(model, {**inputs, "attention_mask": visible}, threshold=threshold)
