@@ -41,6 +41,14 @@ def generated(model, inputs, threshold, **how):
     return tokens, handle.report().layers[0]
 
 
+def compiled(model, inputs, threshold):
+    inputs = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}  # the model breaks there
+    torch.compiler.reset()
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), eah.enable(model, threshold=threshold) as handle:
+        return run(**inputs).logits, handle.report().layers[0]
+
+
 def gradients(model, inputs, threshold):
     """Logits, the gradients of the layer's projections (the whole of them), and its report."""
     with eah.enable(model, threshold=threshold) as handle:
@@ -74,6 +82,7 @@ def ways(path: Path, threshold: float, **how) -> dict:
         "embeddings": forward(model, embeds, threshold=threshold),
         "mask of the caller": forward(model, {**inputs, "attention_mask": visible}, threshold=threshold),
         **{name: generated(model, inputs, threshold, **options) for name, options in WAYS.items()},
+        "compiled": compiled(model, inputs, threshold),
         "gradients": gradients(model, inputs, threshold),
         "maps": maps(load(path, "eager", **how), inputs, threshold),
     }

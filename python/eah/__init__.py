@@ -67,7 +67,7 @@ def enable(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}; of a wrapped model pass the "
-            "model itself (PEFT: get_base_model(), torch.compile: _orig_mod)"
+            "model itself (PEFT: get_base_model(), torch.compile: _orig_mod, DistributedDataParallel: module)"
         )
     if _find(model) is not None:
         raise ValueError("model is enabled already: disable() its handle first; eah.Handle.of(model) finds it")
