@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -159,12 +161,42 @@ def test_a_second_turn_on_a_cache(cache):
         assert handle.report().layers[0] == eah.LayerReport(1, stood_aside=image_tokens.CACHED)
 
 
-def test_prefill_in_chunks_is_reported():
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_prompt_in_chunks(cache):
+    """No chunk of it is enhanced, neither is the first; a prompt within one chunk is whole."""
     model, inputs = build("llava"), prompt("llava", ["abIcdefghi"])
     del inputs["pixel_values"]
-    with eah.enable(model, threshold=0.0) as handle:
-        model.generate(**inputs, max_new_tokens=2, do_sample=False, prefill_chunk_size=8)
-    assert handle.report().layers[0].afterwards == image_tokens.CACHED
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    plain = model.generate(**inputs, **options)
+    with eah.enable(model, threshold=0.0, history=4) as handle:
+        got = model.generate(**inputs, **options, prefill_chunk_size=8)
+        report = handle.report().layers[0]
+        whole = model.generate(**inputs, **options, prefill_chunk_size=18)
+        assert handle.report().layers[0].rows
+        assert torch.equal(whole, model.generate(**inputs, **options))
+        assert len(handle.history) == 3
+    assert torch.equal(got, plain) and not torch.equal(whole, plain)
+    assert report == eah.LayerReport(1, stood_aside=image_tokens.CHUNKED, afterwards=image_tokens.CACHED)
+
+
+def test_chunks_of_one_thread_and_whole_prompts_of_others():
+    model, inputs = build("llava"), prompt("llava", ["abIcdefghi"])
+    del inputs["pixel_values"]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def stood_aside(run):
+        with torch.no_grad():
+            run(**inputs)
+        return handle.report().layers[0].stood_aside
+
+    with eah.enable(model, threshold=0.0) as handle, ThreadPoolExecutor(1) as pool:
+        with handle._enabled.chunked():
+            assert stood_aside(model) == image_tokens.CHUNKED
+            assert pool.submit(stood_aside, model).result() is None
+            assert stood_aside(compiled) == image_tokens.CHUNKED
+        assert stood_aside(model) is None
+        assert stood_aside(compiled) is None
 
 
 def test_what_cannot_be_read_while_compiling():

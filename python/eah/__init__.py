@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from eah.chunked_prefill import ChunkedPrefill
 from eah.image_tokens import ImageTokens
 from eah.inner_generate import InnerGenerate
 from eah.models import Family, UnsupportedModelError, attention_modules, family_of, image_token_ids, named
@@ -99,6 +100,8 @@ class EnabledModel(ImageTokens):
         self.notes = notes
         inner = family.inner_generate if model.can_generate() else None
         self.inner_generate = InnerGenerate(model, inner, self) if inner else None
+        prefilling = model.get_submodule(inner) if inner else model  # the one whose generate() calls its forward
+        self.chunked_prefill = ChunkedPrefill(prefilling, self) if hasattr(prefilling, "_prefill") else None
         self.base = model.base_model
         self.removals: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -106,6 +109,8 @@ class EnabledModel(ImageTokens):
         hooked = [self.base]
         if self.inner_generate:
             hooked.append(self.inner_generate.attach())
+        if self.chunked_prefill:
+            self.chunked_prefill.attach()
         self.removals = [module.register_forward_pre_hook(self, with_kwargs=True) for module in hooked]
         for layer in self.layers:
             layer.attach()
@@ -115,6 +120,8 @@ class EnabledModel(ImageTokens):
             removal.remove()
         if self.inner_generate:
             self.inner_generate.detach()
+        if self.chunked_prefill:
+            self.chunked_prefill.detach()
         for layer in self.layers:
             layer.detach()
 

@@ -15,6 +15,7 @@ PREFILL = "eah_prefill"  # the keyword that carries a `Prefill` down to the atte
 
 BY_POSITION = "arguments after input_ids were passed to the base model by position; pass them by name"
 CACHED = "tokens were in the cache before this forward (a second turn, a chunk of a prompt, or drafted tokens)"
+CHUNKED = "the prompt is fed in chunks (prefill_chunk_size), and the head is chosen by all of it"
 PACKED = "the position_ids restart within a row: several packed sequences"
 UNREADABLE_CACHE = "whether the cache is empty cannot be read while compiling or capturing"
 UNREADABLE_POSITIONS = "position_ids without an attention_mask cannot be read for packing while compiling or capturing"
@@ -44,6 +45,7 @@ class ImageTokens:
         self.position_mask = position_mask
         self.layer = layer
         self.given_masks: dict[int, Tensor] = {}  # by thread
+        self.chunking: set[int] = set()  # the threads that feed a prompt in chunks
 
     def __call__(self, base, args, kwargs):
         if PREFILL in kwargs:  # an outer model's hook came first
@@ -71,9 +73,20 @@ class ImageTokens:
             else:
                 self.given_masks[thread] = before
 
+    @contextmanager
+    def chunked(self) -> Iterator[None]:
+        """Within it, in this thread, a forward sees a piece of a prompt."""
+        self.chunking.add(get_ident())
+        try:
+            yield
+        finally:
+            self.chunking.remove(get_ident())
+
     def describe(self, base, input_ids, tokens, kwargs) -> Prefill:
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         reason = _why_not_empty(cache, self.layer)
+        if reason is None and self.chunking and (torch.compiler.is_compiling() or get_ident() in self.chunking):
+            reason = CHUNKED
         if reason is None and mask is None and cache is None:
             reason = _why_not_one_sequence(kwargs.get("position_ids"))
         if reason is None and self.given_masks and torch.compiler.is_compiling():
