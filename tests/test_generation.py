@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,36 @@ def test_tokens_equal_the_oracle(way):
     assert not torch.equal(got, plain)
     assert handle.report().layers[0].rows
     assert torch.equal(generated(model, inputs, **how), plain)
+
+
+def test_right_padding():
+    model, inputs = build("llava"), prompt("llava", MIXED, "right")
+    oracle = tuned(model, inputs)
+    plain = generated(model, inputs)
+    with eah.enable(model, threshold=oracle.threshold):
+        got = generated(model, inputs)
+    assert torch.equal(got, generated(oracle.model, inputs)) and not torch.equal(got, plain)
+
+
+class Stream(contextlib.nullcontext):
+    """In the place of a CUDA stream: here everything runs in order."""
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_cache(cache, monkeypatch):
+    """The cache's own code without a second device to offload from; tests/test_gpu_generation.py has one."""
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    model, inputs = build("llava"), prompt("llava", MIXED)
+    oracle = tuned(model, inputs)
+    with eah.enable(model, threshold=oracle.threshold) as handle:
+        out = generated(model, inputs, cache_implementation=cache, return_dict_in_generate=True)
+    assert out.past_key_values.offloading
+    assert torch.equal(out.sequences, generated(oracle.model, inputs))
+    assert handle.report().layers[0].rows and handle.report().layers[0].afterwards is None
 
 
 def test_quantised_cache():
@@ -144,9 +175,12 @@ def test_compiled_decoding_with_a_static_cache():
     model, inputs = build("llava"), prompt("llava", ["abIcdefghi"])
     oracle = tuned(model, inputs)
     torch.compiler.reset()
-    cache = {"cache_implementation": "static", "compile_config": transformers.CompileConfig(backend="eager")}
+    torch._dynamo.utils.counters.clear()
+    how = transformers.CompileConfig(backend="eager")
+    how._compile_all_devices = True  # without it, a GPU is waited for
     with eah.enable(model, threshold=oracle.threshold) as handle:
-        got = generated(model, inputs, **cache)
+        got = generated(model, inputs, cache_implementation="static", compile_config=how)
+    assert torch._dynamo.utils.counters["frames"]["ok"]
     assert torch.equal(got, generated(oracle.model, inputs))
     assert handle.report().layers[0].rows
 
