@@ -32,12 +32,17 @@ def flash_stand_in(module, query, key, value, attention_mask, scaling=None, slid
     return output.nan_to_num().transpose(1, 2), None
 
 
+HUB = "kernels-community/flash-attn2"
+
+
 @pytest.fixture
 def flash(monkeypatch):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 
-    for name in swap.FLASH:
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, flash_stand_in)
+    for name in (*swap.FLASH, HUB):
+        monkeypatch.setitem(functions._local_mapping, name, flash_stand_in)
+    monkeypatch.setitem(masks._global_mapping, HUB, masks["flash_attention_2"])
 
 
 def with_text_attention(model, name):
@@ -54,7 +59,7 @@ def tuned(model, inputs):
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("text", [{}, {"decoder": "MistralConfig", "sliding_window": 6}], ids=["full", "window"])
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", HUB])
 def test_flash_masks(flash, name, text, rows):
     model, inputs = build("llava", **text), prompt("llava", ROWS[rows])
     oracle = tuned(model, inputs)

@@ -79,6 +79,7 @@ def build(family: str, attn: str = "sdpa", layers: tuple[int, ...] = (1,), seed:
         )
         cls = hf.Qwen2_5_VLForConditionalGeneration
     config._attn_implementation = attn
+    torch.manual_seed(seed)
     model = cls(config).eval()
     torch.manual_seed(seed)
     with torch.no_grad():

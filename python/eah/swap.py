@@ -136,7 +136,10 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     prefill = kwargs.pop(PREFILL, None) or Prefill(stand_aside=NO_IMAGE_MASK)
     implementation = layer.config._attn_implementation
     namespace = attention_namespace(type(module))
-    base = namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, namespace["eager_attention_forward"])
+    functions = namespace["ALL_ATTENTION_FUNCTIONS"]
+    base = functions.get_interface(implementation, namespace["eager_attention_forward"])
+    if base is functions["flash_attention_2"]:  # flash kernels from the hub go by their repository's name
+        implementation = "flash_attention_2"
     view = ModuleView(layer)
     if query.shape[2] <= 1:  # a decoding step
         return base(view, query, key, value, attention_mask, **kwargs)
