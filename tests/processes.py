@@ -78,6 +78,7 @@ def ways(path: Path, threshold: float, **how) -> dict:
         "logits": forward(model, inputs, threshold=threshold),
         "ties": forward(model, inputs, threshold=0.0),
         "min_density": forward(model, inputs, threshold=threshold, min_density=0.75),
+        "broadcast_to": forward(model, inputs, threshold=threshold, broadcast_to=3),
         "no sink": forward(model, inputs, threshold=1.0),
         "embeddings": forward(model, embeds, threshold=threshold),
         "mask of the caller": forward(model, {**inputs, "attention_mask": visible}, threshold=threshold),

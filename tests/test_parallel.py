@@ -91,7 +91,8 @@ def test_both_processes_have_a_winner(alone):
     assert any(dense) and [row.head is not None for row in alone["min_density"][-1].rows] == dense
 
 
-FORWARDS = ("logits", "ties", "min_density", "no sink", "embeddings", "mask of the caller", "compiled", "gradients")
+KNOBS = ("ties", "min_density", "broadcast_to", "no sink")
+FORWARDS = ("logits", *KNOBS, "embeddings", "mask of the caller", "compiled", "gradients")
 
 
 @pytest.mark.parametrize("way", [*FORWARDS, *processes.WAYS])

@@ -206,7 +206,7 @@ def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill,
         block = head_block(layer.module)
         if block is None or block.size * heads != layer.config.num_attention_heads:
             return SOME_HEADS
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[1] > 1:
+        if attention_mask is not None and len(attention_mask.shape) == 4 and attention_mask.shape[1] > 1:
             return MASK_PER_HEAD
     aligned = kv_len == q_len or (kv_len > q_len and prefill.has_cache)
     if not aligned or tuple(prefill.image_mask.shape) != (batch, q_len):
