@@ -144,8 +144,7 @@ def data_parallel(folder: Path, rank: int, threshold: float) -> dict:
         with torch.no_grad():
             after = wrapped(**share).logits, handle.report().layers[0]
         tokens = unwrapped.generate(**share, max_new_tokens=6, do_sample=False), handle.report().layers[0]
-        every = accelerator.gather(wrapped(**share).logits.sum().detach())
-    return {"class": type(wrapped).__name__, "before": before, "after": after, "tokens": tokens, "gathered": every}
+    return {"class": type(wrapped).__name__, "before": before, "after": after, "tokens": tokens}
 
 
 def main(rank: int, processes: int, folder: Path, threshold: float) -> None:

@@ -30,7 +30,6 @@ def threshold(folder, one_thread):  # noqa: F811
     """
     inputs = prompt("llava", MIXED)
     for seed in range(30):
-        torch.manual_seed(seed)
         model = build("llava", seed=seed, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
         oracle = Oracle(model, inputs["input_ids"] == IMAGE)
         oracle.tune(inputs)

@@ -92,7 +92,7 @@ def test_mask_of_an_unknown_form():
 
 
 def test_some_heads_only():
-    """Tensor parallel: each process sees its own heads, and the best of them is not the layer's best."""
+    """The best head of one process is not the layer's best; tests/test_parallel.py has weights that say whose it is."""
     model, inputs = build("llava"), prompt("llava", ROWS)
     model.get_decoder().config.num_attention_heads = 8
     stands_aside(model, swap.SOME_HEADS, **inputs)

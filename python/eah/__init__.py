@@ -42,7 +42,7 @@ def enable(
     Args:
         model: a `transformers.PreTrainedModel`, with or without a head on top; not a wrapper of it. `eah models` lists
             the families that were tested. Another family with an image token works by the same rule, and its report
-            says that it is untested.
+            says that it is untested. Under tensor parallelism every process has to enable it alike.
         layers: decoder layers, 0-based; the paper's "layer two" is 1. When none are named and layer 1 has no attention
             map (linear attention, convolutions), the first layer after it that has one, and the report says so.
         threshold: mean attention above which an image token is a sink of a head, >= 0.
