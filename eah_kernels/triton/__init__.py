@@ -9,6 +9,7 @@ from eah_kernels.masks import Scoring
 from eah_kernels.ops import empty_output
 from eah_kernels.triton import attend as _attend
 from eah_kernels.triton import lse as _lse
+from eah_kernels.triton import pack as _pack
 from eah_kernels.triton import sinks as _sinks
 from eah_kernels.triton.launch import LOG2E, Problem
 
@@ -22,6 +23,8 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     head = query.new_empty(batch, dtype=torch.int32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
+        if problem.packed:
+            _pack.pack(problem).run()
         _lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=sink_counts, progress=progress).run()
         choice = dict(head=head, progress=progress, min_density=min_density)
         _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts, **choice).run()
@@ -37,6 +40,8 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
     mean_shape = (batch, heads, key.shape[2]) if return_column_mean else (0,)
     column_mean = query.new_zeros(mean_shape, dtype=torch.float32)
     with torch.cuda.device_of(query):
+        if problem.packed:
+            _pack.pack(problem).run()
         _lse.lse(problem, minus_lse).run()
         mean = column_mean if return_column_mean else None
         _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts, column_mean=mean).run()
@@ -50,6 +55,8 @@ def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
+        if problem.packed:
+            _pack.pack(problem).run()
         _lse.lse(problem, minus_lse, head=head).run()
         _attend.attend(problem, value, head, output, minus_lse.expand(-1, heads, -1)).run()
     return output

@@ -13,12 +13,15 @@ import triton.language as tl
 
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, operand
 from eah_kernels.triton.primitives import (
+    CELL,
     KEY_MASK,
+    LOWEST,
     NO_MASK,
     at,
     dot_rows,
     key_range,
     load_operand,
+    mask_tile,
     score_tile,
     shown_keys,
 )
@@ -31,6 +34,8 @@ def attend_rows(
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     out_ptr, stride_ob, stride_oh, stride_om, stride_od,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+    words_ptr, stride_wb, stride_wh, stride_wn, cells_ptr, stride_cb, stride_ch, stride_cm,
+    seen_ptr, stride_sb, stride_sh, stride_sm,
     minus_lse_ptr, stride_lb, stride_lh,
     b, h, start_m, first_value, kv_heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
@@ -45,6 +50,12 @@ def attend_rows(
     v_ptr = at(at(v_ptr, b, stride_vb), first_value, stride_vh)
     out_ptr = at(at(at(out_ptr, b, stride_ob), first_out, stride_oh), start_m, stride_om)
     mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
+    BY_KEY: tl.constexpr = MASK == NO_MASK or MASK == KEY_MASK
+    if MASK != NO_MASK:
+        cells_ptr = at(at(cells_ptr, b, stride_cb), h, stride_ch)
+    if not BY_KEY:
+        words_ptr = at(at(words_ptr, b, stride_wb), h, stride_wh)
+        seen_ptr = at(at(at(seen_ptr, b, stride_sb), h, stride_sh), start_m // CELL, stride_sm)
 
     local_m = tl.arange(0, BLOCK_M)
     local_n = tl.arange(0, BLOCK_N)
@@ -53,7 +64,7 @@ def attend_rows(
     if SHARED:
         minus_lse = tl.load(at(at(minus_lse_ptr, b, stride_lb), h, stride_lh) + start_m + local_m)
     else:
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
 
     wide = tl.arange(0, VALUE_HEADS * VALUE_PAD)  # value head, then feature
@@ -62,37 +73,52 @@ def attend_rows(
     exists = (feature < VALUE_DIM) & (first_value + member < kv_heads)
     v_column = tl.cast(member, tl.int64) * stride_vh + feature * stride_vd
     out = tl.zeros([BLOCK_M, VALUE_HEADS * VALUE_PAD], tl.float32)
-    first, edge, last = key_range(start_m, q_len, kv_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-    for EDGE in tl.static_range(2):
-        for start_n in range(edge if EDGE else first, last if EDGE else edge, BLOCK_N):
+    first, full, edge, last, biased = key_range(
+        start_m, q_len, kv_len, window, cells_ptr, stride_cm, MASK, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
+    BOTH_SIDES: tl.constexpr = MASK != NO_MASK or WINDOW
+    for EDGE in tl.static_range(2):  # the blocks that every row sees, then the others
+        begin = full if not EDGE else first if BOTH_SIDES else edge
+        end = edge if not EDGE else last - (edge - full) if BOTH_SIDES else last
+        for start_n in range(begin, end, BLOCK_N):
+            if EDGE and BOTH_SIDES:
+                start_n += tl.where(start_n < full, 0, edge - full)
             start_n = tl.multiple_of(start_n, BLOCK_N)
             key = start_n + local_n
             keep = key < (kv_len if EDGE else start_n + BLOCK_N)
-            keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK)
+            TILE_MASK: tl.constexpr = MASK if EDGE and BY_KEY else NO_MASK
+            keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, TILE_MASK)
             k, k_tail = load_operand(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
             qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
             score, visible = score_tile(
                 qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE, True,
+                scale, cap, window, TILE_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE and BY_KEY, True,
             )  # fmt: skip
+            if EDGE:
+                score, _ = mask_tile(
+                    score, visible, start_m, start_n, words_ptr, stride_wn, biased,
+                    at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn), stride_mm, stride_mn, MASK,
+                )  # fmt: skip
             if SHARED:
                 p = tl.exp2(score + minus_lse[:, None])
             else:
                 new_max = tl.maximum(row_max, tl.max(score, 1))
-                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-                p = tl.exp2(score - shift[:, None])
-                rescale = tl.exp2(row_max - shift)
+                p = tl.exp2(score - new_max[:, None])
+                rescale = tl.exp2(row_max - new_max)
                 row_sum = row_sum * rescale + tl.sum(p, 1)
                 row_max = new_max
                 out = out * rescale[:, None]
             # 0 * NaN is NaN in a matrix product: values that no row of the tile sees are zeroed.
             seen = keep
-            if WINDOW:
+            if EDGE and BY_KEY and WINDOW:
                 seen = seen & (key > start_m + (kv_len - q_len) - window)
+            elif EDGE and not BY_KEY:
+                by_cells = tl.load(seen_ptr + key)
+                for line in tl.static_range(1, BLOCK_M // CELL):
+                    by_cells = by_cells | tl.load(at(seen_ptr, line, stride_sm) + key)
+                seen = seen & (by_cells != 0)
             v_tile = at(v_ptr, start_n, stride_vn) + local_n[:, None] * stride_vn + v_column[None, :]
             v = tl.load(v_tile, mask=seen[:, None] & exists[None, :], other=0.0)  # [BLOCK_N, VALUE_HEADS * VALUE_PAD]
-            if MASK != NO_MASK and MASK != KEY_MASK:
-                v = tl.where(tl.max(visible.to(tl.int32), 0)[:, None] > 0, v, 0.0)
             out = tl.dot(p.to(v.dtype), v, out, input_precision=PRECISION)
     if not SHARED:
         out = out / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
@@ -109,6 +135,8 @@ def _attend_kernel(
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     out_ptr, stride_ob, stride_oh, stride_om, stride_od,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+    words_ptr, stride_wb, stride_wh, stride_wn, cells_ptr, stride_cb, stride_ch, stride_cm,
+    seen_ptr, stride_sb, stride_sh, stride_sm,
     head_ptr, minus_lse_ptr, stride_lb, stride_lh,
     batch, units, heads, kv_heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
@@ -131,6 +159,8 @@ def _attend_kernel(
                 v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
                 out_ptr, stride_ob, stride_oh, stride_om, stride_od,
                 mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+                words_ptr, stride_wb, stride_wh, stride_wn, cells_ptr, stride_cb, stride_ch, stride_cm,
+                seen_ptr, stride_sb, stride_sh, stride_sm,
                 minus_lse_ptr, stride_lb, stride_lh,
                 b, h, start_m, unit * VALUE_HEADS, kv_heads, q_len, kv_len, scale, cap, window,
                 GROUP, HEAD_DIM, MAIN, TAIL, PRECISION, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP,
@@ -143,6 +173,8 @@ def _attend_kernel(
             v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
             out_ptr, stride_ob, stride_oh, stride_om, stride_od,
             mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+            words_ptr, stride_wb, stride_wh, stride_wn, cells_ptr, stride_cb, stride_ch, stride_cm,
+            seen_ptr, stride_sb, stride_sh, stride_sm,
             minus_lse_ptr, stride_lb, stride_lh,
             b, unit - units, start_m, (unit - units) // GROUP, kv_heads, q_len, kv_len, scale, cap, window,
             GROUP, HEAD_DIM, MAIN, TAIL, PRECISION, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP,
@@ -164,6 +196,9 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
         batch * (units + heads) * triton.cdiv(q_len, tile.block_m),
         tile,
         problem.arguments
+        | problem.packed_operand("words", "wb wh wn")
+        | problem.packed_operand("cells", "cb ch cm")
+        | problem.packed_operand("seen", "sb sh sm")
         | operand("v", "vb vh vn vd", value)
         | operand("out", "ob oh om od", out)
         | dict(head_ptr=head, minus_lse_ptr=minus_lse, stride_lb=minus_lse.stride(0), stride_lh=minus_lse.stride(1))

@@ -10,12 +10,15 @@ import triton.language as tl
 
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
 from eah_kernels.triton.primitives import (
+    KEY_MASK,
+    LOWEST,
     NO_MASK,
     at,
     count_image_tokens,
     dot_rows,
     key_range,
     load_operand,
+    mask_tile,
     score_tile,
     shown_keys,
 )
@@ -28,6 +31,7 @@ def _lse_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+    words_ptr, stride_wb, stride_wh, stride_wn, cells_ptr, stride_cb, stride_ch, stride_cm,
     image_ptr, stride_ib, stride_in, head_ptr, count_ptr, progress_ptr, minus_lse_ptr, stride_lb, stride_lh,
     batch, heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,6 +60,11 @@ def _lse_kernel(
     q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
     k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
     mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
+    BY_KEY: tl.constexpr = MASK == NO_MASK or MASK == KEY_MASK
+    if MASK != NO_MASK:
+        cells_ptr = at(at(cells_ptr, b, stride_cb), h, stride_ch)
+    if not BY_KEY:
+        words_ptr = at(at(words_ptr, b, stride_wb), h, stride_wh)
 
     local_m = tl.arange(0, BLOCK_M)
     if start_m >= q_len:
@@ -64,25 +73,35 @@ def _lse_kernel(
     local_n = tl.arange(0, BLOCK_N)
     real = start_m + local_m < q_len
     q, q_tail = load_operand(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    first, edge, last = key_range(start_m, q_len, kv_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
-    for EDGE in tl.static_range(2):
-        for start_n in range(edge if EDGE else first, last if EDGE else edge, BLOCK_N):
+    first, full, edge, last, biased = key_range(
+        start_m, q_len, kv_len, window, cells_ptr, stride_cm, MASK, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
+    BOTH_SIDES: tl.constexpr = MASK != NO_MASK or WINDOW
+    for EDGE in tl.static_range(2):  # the blocks that every row sees, then the others
+        begin = full if not EDGE else first if BOTH_SIDES else edge
+        end = edge if not EDGE else last - (edge - full) if BOTH_SIDES else last
+        for start_n in range(begin, end, BLOCK_N):
+            if EDGE and BOTH_SIDES:
+                start_n += tl.where(start_n < full, 0, edge - full)
             start_n = tl.multiple_of(start_n, BLOCK_N)
             keep = start_n + local_n < (kv_len if EDGE else start_n + BLOCK_N)
-            keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK)
+            TILE_MASK: tl.constexpr = MASK if EDGE and BY_KEY else NO_MASK
+            keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, TILE_MASK)
             k, k_tail = load_operand(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
             qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
-            score, _ = score_tile(
+            score, visible = score_tile(
                 qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE, True,
+                scale, cap, window, TILE_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE and BY_KEY, True,
             )  # fmt: skip
+            if EDGE:
+                score, _ = mask_tile(
+                    score, visible, start_m, start_n, words_ptr, stride_wn, biased,
+                    at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn), stride_mm, stride_mn, MASK,
+                )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(score, 1))
-            shift = new_max
-            if MASK != NO_MASK or WINDOW:
-                shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have seen no key yet
-            row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(score - shift[:, None]), 1)
+            row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(score - new_max[:, None]), 1)
             row_max = new_max
     minus_lse = tl.where(real & (row_sum != 0), -row_max - tl.log2(row_sum), float("-inf"))
     tl.store(minus_lse_ptr + local_m, minus_lse)
@@ -101,6 +120,8 @@ def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, progress=No
         batch * out.shape[1] * (out.shape[2] // tile.block_m),
         tile,
         problem.arguments
+        | problem.packed_operand("words", "wb wh wn")
+        | problem.packed_operand("cells", "cb ch cm")
         | image_arguments(image_mask)
         | dict(
             head_ptr=head,

@@ -7,12 +7,19 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # a running maximum before the first visible key; finite
 
 # MASK: the form of the attention mask
 NO_MASK: tl.constexpr = tl.constexpr(0)
 KEY_MASK: tl.constexpr = tl.constexpr(1)  # (B, Skv) float32, 0 or -inf, read by key alone
 BOOL_MASK: tl.constexpr = tl.constexpr(2)  # (B, Hq, Sq, Skv) bool
 BIAS_MASK: tl.constexpr = tl.constexpr(3)  # (B, Hq, Sq, Skv) floating, added to the score
+
+# What a cell of CELL x CELL pairs holds, or a (B, Skv) mask's cell of CELL keys: a sum of these (pack.py)
+CELL: tl.constexpr = tl.constexpr(64)
+SHOWS: tl.constexpr = tl.constexpr(1)  # a visible pair
+HIDES: tl.constexpr = tl.constexpr(2)  # a hidden pair
+BIASED: tl.constexpr = tl.constexpr(4)  # a visible pair to whose score the mask adds a value other than 0
 
 
 @triton.jit
@@ -142,19 +149,95 @@ def counting_rows(
 
 
 @triton.jit
-def key_range(
-    start_m, q_len, kv_len, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+def unpack(words_ptr, stride_w, start_a, start_b, A: tl.constexpr, B: tl.constexpr):
+    """The visible pairs [A, B] of lines start_a, ..., one after the other in memory, and start_b, ..., the bits."""
+    local_b = tl.arange(0, B)[None, :]
+    word = at(words_ptr, start_b // 32, stride_w) + start_a + tl.arange(0, A)
+    bits = tl.load(word)[:, None]
+    if B < 32:
+        bits = bits >> (start_b % 32)
+    for further in tl.static_range(1, B // 32):
+        bits = tl.where(local_b >= 32 * further, tl.load(at(word, further, stride_w))[:, None], bits)
+    return ((bits >> (local_b % 8)) >> (local_b // 8 * 8 % 32)) & 1 != 0
+
+
+@triton.jit
+def mask_tile(
+    score, visible, start_a, start_b, words_ptr, stride_w, biased, entry_ptr, stride_a, stride_b, MASK: tl.constexpr
 ):  # fmt: skip
-    """Keys [first, last) that rows start_m, ... can see by position, and where the blocks that need EDGE begin."""
+    """Score, -inf where hidden, and the visible pairs under a packed mask; entry_ptr: the mask's, at the tile's start."""
+    if MASK == BOOL_MASK or MASK == BIAS_MASK:
+        visible = unpack(words_ptr, stride_w, start_a, start_b, score.shape[0], score.shape[1])
+        if MASK == BIAS_MASK:
+            if biased:
+                local_a, local_b = tl.arange(0, score.shape[0])[:, None], tl.arange(0, score.shape[1])[None, :]
+                entry = tl.load(entry_ptr + local_a * stride_a + local_b * stride_b, mask=visible, other=0)
+                score += entry.to(tl.float32) * LOG2E
+        score = tl.where(visible, score, float("-inf"))
+    return score, visible
+
+
+@triton.jit
+def visible_range(cells_ptr, stride, length, LINES: tl.constexpr):
+    """Along `length` pairs of LINES lines of cells, (first, full, edge, last, biased): the visible ones lie in
+    [first, last), those in [full, edge) are all visible and unbiased, and biased says whether any is not."""
+    cells = tl.cdiv(length, CELL)
+    first, full, edge, last, biased = cells, 0, 0, 0, 0
+    for start in range(0, cells, 128):
+        cell = start + tl.arange(0, 128)
+        kind = tl.load(cells_ptr + cell, mask=cell < cells, other=0).to(tl.int32)
+        for line in tl.static_range(1, LINES):
+            kind = kind | tl.load(at(cells_ptr, line, stride) + cell, mask=cell < cells, other=0).to(tl.int32)
+        first = tl.minimum(first, tl.min(tl.where(kind & SHOWS != 0, cell, cells), 0))
+        last = tl.maximum(last, tl.max(tl.where(kind & SHOWS != 0, cell + 1, 0), 0))
+        biased = tl.maximum(biased, tl.max(kind, 0))
+        end = tl.max(tl.where(kind == SHOWS, cell + 1, 0), 0)
+        begin = tl.max(tl.where((kind != SHOWS) & (cell < end), cell + 1, start), 0)
+        full = tl.where(end > 0, tl.where((begin == start) & (edge == start), full, begin), full)
+        edge = tl.maximum(edge, end)
+    return first * CELL, full * CELL, edge * CELL, last * CELL, biased >= BIASED
+
+
+@triton.jit
+def intersect(
+    first, full, edge, last, seen_first, seen_full, seen_edge, seen_last, shift, length, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The blocks of a range, narrowed to those that the mask's range, which lies `shift` further, leaves."""
+    first = tl.maximum(first, tl.maximum(seen_first - shift, 0) // BLOCK * BLOCK)
+    last = tl.minimum(last, seen_last - shift)
+    full = tl.maximum(full, tl.cdiv(tl.maximum(seen_full - shift, 0), BLOCK) * BLOCK)
+    whole = tl.maximum(seen_edge - shift, 0) // BLOCK * BLOCK
+    edge = tl.minimum(tl.where(seen_edge < length, tl.minimum(edge, whole), edge), last)
+    return first, full, edge, last
+
+
+@triton.jit
+def key_range(
+    start_m, q_len, kv_len, window, cells_ptr, stride,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Keys [first, last) that rows start_m, ... may see; the blocks of [full, edge) they all see, without a bias.
+
+    cells_ptr: the cells of all rows, or of all keys under a (B, Skv) mask. Last, whether the mask adds anything.
+    """
     offset = kv_len - q_len
-    first = 0
-    last = kv_len
-    edge = kv_len // BLOCK_N * BLOCK_N
+    first, full, edge, last = 0, 0, kv_len // BLOCK_N * BLOCK_N, kv_len
+    biased = False
+    end_m = tl.minimum(start_m + BLOCK_M, q_len)
     if CAUSAL:
-        last = tl.minimum(start_m + BLOCK_M, q_len) + offset
-        edge = tl.minimum(start_m + offset + 1, kv_len) // BLOCK_N * BLOCK_N
+        edge = tl.minimum(tl.maximum(start_m + offset + 1, 0), kv_len) // BLOCK_N * BLOCK_N
+        last = end_m + offset
     if WINDOW:
         first = tl.maximum(start_m + offset - window + 1, 0) // BLOCK_N * BLOCK_N
-        edge = first
-    return first, edge, last
+        full = tl.cdiv(tl.maximum(end_m + offset - window, 0), BLOCK_N) * BLOCK_N
+    if MASK != NO_MASK:
+        LINES: tl.constexpr = 1 if MASK == KEY_MASK else (BLOCK_M + CELL - 1) // CELL
+        line = cells_ptr if MASK == KEY_MASK else at(cells_ptr, start_m // CELL, stride)
+        seen_first, seen_full, seen_edge, seen_last, biased = visible_range(line, stride, kv_len, LINES)
+        first, full, edge, last = intersect(
+            first, full, edge, last, seen_first, seen_full, seen_edge, seen_last, 0, kv_len, BLOCK_N
+        )
+    if MASK != NO_MASK or WINDOW:
+        full = tl.cdiv(tl.where(full < edge, full, last), BLOCK_N) * BLOCK_N
+        edge = tl.maximum(edge, full)
+    return first, full, edge, last, biased

@@ -10,53 +10,68 @@ import triton.language as tl
 
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
 from eah_kernels.triton.primitives import (
+    CELL,
     KEY_MASK,
     NO_MASK,
     at,
     counting_rows,
     dot_rows,
+    intersect,
     load_operand,
+    mask_tile,
     score_tile,
     shown_keys,
+    visible_range,
 )
 
 
 @triton.jit
 def seeing_rows(
-    key, start_n, first, kv_len, lowest, mask_ptr, stride_mn, window,
+    key, q_len, kv_len, before_ptr, window, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """n_j of the keys; before_ptr: under a (B, Skv) mask, how many of its keys come before each. Without a mask every row
+    counts; with one, those whose own keys it shows. A hidden key's number means nothing."""
+    lowest = tl.maximum(kv_len - q_len, 0)
+    since = tl.maximum(key + 1, lowest) if CAUSAL else tl.maximum(key - key, lowest)
+    until = tl.minimum(key + window, kv_len) if WINDOW else tl.minimum(key - key + kv_len, kv_len)
+    since = tl.minimum(since, until)
+    own = (since <= key) & (key < until)
+    if MASK == NO_MASK:
+        rows = until - since
+    else:
+        rows = tl.load(before_ptr + until) - tl.load(before_ptr + since)
+    return rows - own.to(tl.int32)
+
+
+@triton.jit
+def row_range(
+    start_n, q_len, kv_len, window, cells_ptr, stride,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """n_j of the keys start_n, ...: counting rows, given by their positions from `lowest` on, that see the key.
-
-    Without a mask every row counts; with a (B, Skv) mask, those at real keys. A hidden key's number means nothing.
-    """
-    since = tl.full([BLOCK_N], 0, tl.int32) + lowest
-    until = tl.full([BLOCK_N], 0, tl.int32) + kv_len - 1
+    """Rows [first, last) that may see a key of start_n, ... beside their own; the blocks of [full, edge) all do, without
+    a bias, and count, or do not exist. cells_ptr: as for `key_range`. Last, whether the mask adds anything."""
+    offset = kv_len - q_len
+    first = tl.maximum(-offset, 0) // BLOCK_M * BLOCK_M
+    full = tl.cdiv(tl.maximum(start_n + BLOCK_N - offset, 0), BLOCK_M) * BLOCK_M
+    edge, last = q_len, q_len
+    biased = False
     if CAUSAL:
-        since = tl.maximum(since, key + 1)
+        first = tl.maximum(start_n + 1 - offset, 0) // BLOCK_M * BLOCK_M
     if WINDOW:
-        until = tl.minimum(until, key + window - 1)
-    if MASK == NO_MASK:
-        rows = until - since + 1
-        if not CAUSAL:
-            rows -= (key >= lowest).to(tl.int32)
-    else:
-        rows = tl.zeros([BLOCK_N], tl.int32)
-        whole = kv_len
-        if CAUSAL and not WINDOW:  # from here on every row sees every key of the block
-            whole = tl.minimum(start_n + BLOCK_N, kv_len)
-        for start in range(tl.maximum(first, 0), whole, BLOCK_M):
-            position = start + tl.arange(0, BLOCK_M)
-            real = tl.load(at(mask_ptr, position, stride_mn), mask=position < whole, other=1) == 0
-            seen = real[None, :] & (position[None, :] >= since[:, None]) & (position[None, :] <= until[:, None])
-            rows += tl.sum((seen & (position[None, :] != key[:, None])).to(tl.int32), 1)
-        further = tl.zeros([1024], tl.int32)
-        for start in range(whole, kv_len, 1024):
-            position = start + tl.arange(0, 1024)
-            real = tl.load(at(mask_ptr, position, stride_mn), mask=position < kv_len, other=1) == 0
-            further += real.to(tl.int32)
-        rows += tl.sum(further, 0)
-    return rows
+        last = tl.minimum(q_len, start_n + BLOCK_N - 1 + window - offset)
+        edge = tl.minimum(tl.maximum(start_n + window - offset, 0) // BLOCK_M * BLOCK_M, last)
+    if MASK != NO_MASK:
+        BY_KEY: tl.constexpr = MASK == KEY_MASK
+        LINES: tl.constexpr = 1 if BY_KEY else (BLOCK_N + CELL - 1) // CELL
+        line = cells_ptr if BY_KEY else at(cells_ptr, start_n // CELL, stride)
+        length = kv_len if BY_KEY else q_len  # a (B, Skv) mask hides the rows whose own keys it hides
+        seen_first, seen_full, seen_edge, seen_last, biased = visible_range(line, stride, length, LINES)
+        first, full, edge, last = intersect(
+            first, full, edge, last, seen_first, seen_full, seen_edge, seen_last, offset if BY_KEY else 0, length, BLOCK_M
+        )
+    full = tl.cdiv(tl.where(full < edge, full, last), BLOCK_M) * BLOCK_M
+    edge = tl.maximum(edge, full)
+    return first, full, edge, last, biased
 
 
 @triton.jit
@@ -85,6 +100,8 @@ def _sinks_kernel(
     q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
+    words_ptr, stride_wb, stride_wh, stride_wm, cells_ptr, stride_cb, stride_ch, stride_cn,
+    before_ptr, stride_bb, counts_ptr, stride_nb, stride_nh, stride_nm,
     image_ptr, stride_ib, stride_in, minus_lse_ptr, stride_lb, stride_lh, count_ptr, mean_ptr, threshold,
     progress_ptr, head_ptr, min_density, batch, heads, q_len, kv_len, scale, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,52 +122,58 @@ def _sinks_kernel(
     q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
     k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
     mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
+    BY_KEY: tl.constexpr = MASK == NO_MASK or MASK == KEY_MASK
+    if MASK != NO_MASK:
+        cells_ptr = at(at(cells_ptr, b, stride_cb), h, stride_ch)
+    if MASK == KEY_MASK:
+        before_ptr = at(before_ptr, b, stride_bb)
+    if not BY_KEY:
+        words_ptr = at(at(words_ptr, b, stride_wb), h, stride_wh)
+        counts_ptr = at(at(counts_ptr, b, stride_nb), h, stride_nh)
     minus_lse_ptr = at(at(minus_lse_ptr, b, stride_lb), h, stride_lh)
 
     shown = shown_keys(start_n, local_n, key < kv_len, mask_ptr, stride_mn, MASK)
     k, k_tail = load_operand(k_ptr, start_n, shown, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
     local_m = tl.arange(0, BLOCK_M)
-    offset = kv_len - q_len
-    BY_KEY: tl.constexpr = MASK == NO_MASK or MASK == KEY_MASK
-    TILE_MASK: tl.constexpr = NO_MASK if BY_KEY else MASK  # a hidden key is left out at the end
-    PLAIN: tl.constexpr = CAUSAL and BY_KEY and not WINDOW
-    first = 0
-    last = q_len
-    if CAUSAL:
-        first = tl.maximum(start_n + 1 - offset, 0) // BLOCK_M * BLOCK_M
-    if WINDOW:
-        last = tl.minimum(q_len, start_n + BLOCK_N - 1 + window - offset)
-    edge = last
-    if PLAIN:  # from here on every row sees every key of the block, none its own
-        edge = tl.cdiv(tl.maximum(start_n + BLOCK_N - offset, 0), BLOCK_M) * BLOCK_M
-
+    first, full, edge, last, biased = row_range(
+        start_n, q_len, kv_len, window, cells_ptr, stride_cn, MASK, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    rows = tl.zeros([BLOCK_N], tl.int32)
-    for PHASE in tl.static_range(2 if PLAIN else 1):
-        for start_m in range(edge if PHASE else first, last if PHASE else tl.minimum(edge, last), BLOCK_M):
+    BOTH_SIDES: tl.constexpr = MASK != NO_MASK or WINDOW
+    for EDGE in tl.static_range(2):  # the blocks whose rows all see every key, then the others
+        begin = first if EDGE else full
+        end = edge if not EDGE else last - (edge - full) if BOTH_SIDES else full
+        for start_m in range(begin, end, BLOCK_M):
+            if EDGE and BOTH_SIDES:
+                start_m += tl.where(start_m < full, 0, edge - full)
             start_m = tl.multiple_of(start_m, BLOCK_M)
-            # A row that does not count enters as zeros and with lse = +inf: whatever it holds, it adds nothing.
-            if PLAIN and MASK == NO_MASK:
-                counts = start_m + local_m < q_len
-            else:
-                counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
-            q, q_tail = load_operand(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+            counts = start_m + local_m < q_len
             minus_lse = tl.load(minus_lse_ptr + start_m + local_m)
-            if not PLAIN or MASK != NO_MASK:
+            if EDGE and BY_KEY and not (CAUSAL and MASK == NO_MASK):
+                # A row that does not count enters as zeros and with lse = +inf: whatever it holds, it adds nothing.
+                counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, BLOCK_M, MASK, HIDDEN)
                 minus_lse = tl.where(counts, minus_lse, float("-inf"))
+            q, q_tail = load_operand(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
             qk = dot_rows(k, q, k_tail, q_tail, TAIL, PRECISION)  # [BLOCK_N, BLOCK_M]
             score, visible = score_tile(
                 qk, start_m, local_m[None, :], start_n, local_n[:, None], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, TILE_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, PHASE == 0, False,
+                scale, cap, window, NO_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE and BY_KEY, False,
             )  # fmt: skip
-            mass += tl.exp2(score + minus_lse[None, :])
-            if not BY_KEY:
-                rows += tl.sum((visible & counts[None, :]).to(tl.int32), 1)
+            score += minus_lse[None, :]
+            if EDGE and not BY_KEY:  # the words hide rows that do not count: last, as their log-sum-exp may be NaN
+                score, _ = mask_tile(
+                    score, visible, start_n, start_m, words_ptr, stride_wm, biased,
+                    at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn), stride_mn, stride_mm, MASK,
+                )  # fmt: skip
+            mass += tl.exp2(score)
     if BY_KEY:
-        rows = seeing_rows(
-            key, start_n, first + offset, kv_len, tl.maximum(offset, 0), mask_ptr, stride_mn, window,
-            MASK, CAUSAL, WINDOW, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        rows = seeing_rows(key, q_len, kv_len, before_ptr, window, MASK, CAUSAL, WINDOW)
+    else:
+        rows = tl.zeros([BLOCK_N], tl.int32)
+        for cell in range(first // CELL, tl.cdiv(last, CELL), 16):
+            line = cell + tl.arange(0, 16)[:, None]
+            counts = tl.load(at(counts_ptr, line, stride_nm) + key[None, :], mask=line * CELL < last, other=0)
+            rows += tl.sum(counts.to(tl.int32), 0)
     mean = tl.div_rn(tl.sum(mass, 1), tl.maximum(rows, 1).to(tl.float32))
     mean = tl.where(shown, mean, 0.0)
     sinks = tl.sum((image & (mean > threshold)).to(tl.int32), 0)
@@ -184,6 +207,10 @@ def sinks(
         batch * heads * triton.cdiv(problem.key.shape[2], tile.block_n),
         tile,
         problem.arguments
+        | problem.packed_operand("words", "wb wh wm", "column_words")
+        | problem.packed_operand("cells", "cb ch cn", "column_cells")
+        | problem.packed_operand("before", "bb")
+        | problem.packed_operand("counts", "nb nh nm", "column_counts")
         | image_arguments(image_mask)
         | dict(
             minus_lse_ptr=minus_lse, stride_lb=minus_lse.stride(0), stride_lh=minus_lse.stride(1), count_ptr=sink_counts
