@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 
 from eah_kernels.masks import Scoring
 from eah_kernels.ops import empty_output
-from eah_kernels.triton import attend, lse, sinks
+from eah_kernels.triton import attend, lse, pack, sinks
 from eah_kernels.triton.configs import HEAD_DIMS, TILES
 from eah_kernels.triton.launch import Launch, Problem
 from sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop
@@ -76,6 +76,7 @@ class Row(NamedTuple):
     target: str
     kind: str
     head_dim: int
+    mask: str = "bias"  # of kinds but plain: key, bool, bias (launch.Problem)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,11 +129,18 @@ def make_launch(row: Row) -> Launch:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     query, key, value = (empty(batch, heads, length, row.head_dim) for _ in range(3))
-    mask = None if row.kind == "plain" else empty(batch, 1, length, length)
+    mask = {
+        "key": empty(batch, length, dtype=torch.bool),
+        "bool": empty(batch, 1, length, length, dtype=torch.bool),
+        "bias": empty(batch, 1, length, length),
+    }[row.mask]
+    mask = None if row.kind == "plain" else mask
     problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target)
     image_mask = empty(batch, length, dtype=torch.bool)
     head, counts, progress = (empty(batch, *shape, dtype=torch.int32) for shape in ((), (heads,), (2,)))
     minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
+    if row.kernel == "pack":
+        return pack.pack(problem)
     if row.kernel == "lse":
         return lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=counts, progress=progress)
     if row.kernel == "sinks":
@@ -142,16 +150,21 @@ def make_launch(row: Row) -> Launch:
 
 
 def rows(everything: bool) -> list[Row]:
-    """Every row of the table; or sm_90's, and the plain output at head dim 128 of the other targets."""
+    """Every row of the table, under every mask form; or sm_90's, and the plain output at head dim 128 of the others."""
     table = [
-        Row(kernel, target, kind, head_dim)
+        Row(kernel, target, kind, head_dim, mask)
         for kernel, targets in TILES.items()
         for target, kinds in targets.items()
         for kind in kinds
         for head_dim in HEAD_DIMS
+        for mask in (("key", "bool", "bias") if kind == "masked" else ("bias",))
     ]
-    primary = ("attend", "plain", 128)
-    return [r for r in table if everything or r.target == "sm_90" or (r.kernel, r.kind, r.head_dim) == primary]
+    if not everything:
+        primary = ("attend", "plain", 128)
+        table = [r for r in table if r.target == "sm_90" or (r.kernel, r.kind, r.head_dim) == primary]
+        table = [r for r in table if r.mask == "bias" or r.head_dim == 128]
+    targets = TARGETS if everything else ("sm_90",)
+    return table + [Row("pack", target, "masked", 128, mask) for target in targets for mask in ("key", "bias")]
 
 
 def build(row: Row) -> tuple[Row, Cost, list[str]]:
@@ -160,15 +173,15 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     cost = compile_launch(launch, row.target)
     target, tile = TARGETS[row.target], launch.tile
     elements = tile.block_m * tile.block_n / (32 * tile.num_warps)
-    loops = {name: steady_loop(cost.code, elements, online) for name, online in LOOPS[row.kernel].items()}
+    loops = {name: steady_loop(cost.code, elements, online) for name, online in LOOPS.get(row.kernel, {}).items()}
     problems = []
     if cost.shared_bytes > target.shared_kib * 1024:
         problems.append(f"more than {target.shared_kib} KiB of shared memory")
-    if row.matrix not in cost.code:
+    if loops and row.matrix not in cost.code:
         problems.append(f"no {row.matrix} instruction")
     if cost.spill_bytes and not tile.spills:
         problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")
-    if row.target == "sm_90" and row.kind == "plain":
+    if row.target == "sm_90" and row.kind != "float32":
         problems += [problem for name, loop in loops.items() for problem in loop_problems(row, name, loop)]
     return row, cost._replace(code="", loops=loops), problems
 
@@ -208,8 +221,9 @@ def main() -> int:
             tile = make_launch(row).tile
             loops = [clocks(row, name, loop, tile.value_width) for name, loop in cost.loops.items() if loop]
             failed += bool(problems)
+            kind = row.mask if row.kind == "masked" else row.kind
             print(
-                f"{row.target:7} {row.kernel:6} {row.head_dim:4}  {row.kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
+                f"{row.target:7} {row.kernel:6} {row.head_dim:4}  {kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
                 f"{tile.num_warps:5} {tile.num_stages:6}  {cost.registers:9}  {cost.spill_bytes:7}  "
                 f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {loops[0] if loops else ''}  {'; '.join(problems)}",
                 flush=True,

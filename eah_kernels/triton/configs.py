@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """block_m query rows x block_n keys. value_width: features of the value heads that share one map.
+    """block_m query rows x block_n keys (0: the kernel's own). value_width: features of the value heads that share one map.
 
     max_registers: a thread's limit, where it lets one more program be resident; NVIDIA only, 0 for none.
     spills: why registers of this row may spill to memory; empty means that they must not.
@@ -29,11 +29,12 @@ class Tile:
 
     def options(self) -> dict[str, int]:
         limit = {"maxnreg": self.max_registers} if self.max_registers else {}
-        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} if self.block_m else {}
         return blocks | limit | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
+SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
 
 # plain: 16-bit, no mask or only causality, window and soft-cap. masked: 16-bit with a mask tensor. float32: either.
@@ -55,7 +56,11 @@ TILES = {
                 Tile(128, 128, 8, 2, max_registers=128),
                 Tile(128, 128, 8, 2),
             ),
-            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+            "masked": (
+                Tile(128, 64, 8, 2, max_registers=128),
+                Tile(128, 64, 8, 2, max_registers=128),
+                Tile(128, 64, 8, 2),
+            ),
             "float32": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 1, spills=THREE_TF32)),
         },
         "sm_100": {
@@ -90,8 +95,12 @@ TILES = {
         },
         "sm_90": {
             "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
-            "masked": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
-            "float32": (Tile(32, 128, 8, 2), Tile(16, 64, 4, 1), Tile(16, 64, 8, 1)),
+            "masked": (
+                Tile(64, 128, 8, 3, max_registers=128, spills=SPLIT_BLOCKS),
+                Tile(64, 128, 8, 3, max_registers=128, spills=SPLIT_BLOCKS),
+                Tile(64, 128, 8, 3),
+            ),
+            "float32": (Tile(32, 128, 8, 2), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1, spills=THREE_TF32)),
         },
         "sm_100": {
             "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
@@ -121,7 +130,7 @@ TILES = {
         },
         "sm_90": {
             "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
-            "masked": (Tile(64, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
             "float32": (
                 Tile(64, 16, 4, 1, 128),
                 Tile(128, 32, 8, 1, 128, spills=THREE_TF32),
