@@ -139,8 +139,9 @@ def make_launch(row: Row) -> Launch:
     image_mask = empty(batch, length, dtype=torch.bool)
     head, counts, progress = (empty(batch, *shape, dtype=torch.int32) for shape in ((), (heads,), (2,)))
     minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
+    packing = pack.pack(problem) if problem.mask_form else None
     if row.kernel == "pack":
-        return pack.pack(problem)
+        return packing
     if row.kernel == "lse":
         return lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=counts, progress=progress)
     if row.kernel == "sinks":

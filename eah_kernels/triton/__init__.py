@@ -23,7 +23,7 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     head = query.new_empty(batch, dtype=torch.int32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
-        if problem.packed:
+        if problem.mask_form:
             _pack.pack(problem).run()
         _lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=sink_counts, progress=progress).run()
         choice = dict(head=head, progress=progress, min_density=min_density)
@@ -40,7 +40,7 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
     mean_shape = (batch, heads, key.shape[2]) if return_column_mean else (0,)
     column_mean = query.new_zeros(mean_shape, dtype=torch.float32)
     with torch.cuda.device_of(query):
-        if problem.packed:
+        if problem.mask_form:
             _pack.pack(problem).run()
         _lse.lse(problem, minus_lse).run()
         mean = column_mean if return_column_mean else None
@@ -55,7 +55,7 @@ def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
-        if problem.packed:
+        if problem.mask_form:
             _pack.pack(problem).run()
         _lse.lse(problem, minus_lse, head=head).run()
         _attend.attend(problem, value, head, output, minus_lse.expand(-1, heads, -1)).run()

@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """block_m query rows x block_n keys (0: the kernel's own). value_width: features of the value heads that share one map.
+    """block_m query rows x block_n keys (0: fixed by the kernel). value_width: features of values that share one map.
 
     max_registers: a thread's limit, where it lets one more program be resident; NVIDIA only, 0 for none.
     spills: why registers of this row may spill to memory; empty means that they must not.

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from eah_kernels.masks import Scoring
 from eah_kernels.triton.configs import Tile, find_tile
-from eah_kernels.triton.primitives import BIAS_MASK, BOOL_MASK, CELL, KEY_MASK, NO_MASK
+from eah_kernels.triton.primitives import BIAS_MASK, BOOL_MASK, KEY_MASK, NO_MASK
 
 LOG2E = math.log2(math.e)
-LINES = 128  # what is kept per row or key is padded to a multiple of this, and so of every tile: no bounds to test
 LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
 
 
@@ -31,19 +30,6 @@ class Launch(NamedTuple):
         self.kernel[(self.programs,)](**self.arguments, **self.tile.options())
 
 
-class Packed(NamedTuple):
-    """What pack.py makes of a mask; MB and MH are 1 where it has one for all. Rows and keys are padded to LINES."""
-
-    mask: Tensor  # as it came; booleans as bytes
-    words: Tensor | None  # (MB, MH, keys / 32, rows) int32, a bit for every visible pair; None for a (B, Skv) mask
-    seen: Tensor | None  # (MB, MH, rows / CELL, keys) uint8, is the key seen by one of the CELL rows
-    cells: Tensor  # (MB, MH, rows / CELL or 1, keys / CELL) uint8, of SHOWS, HIDES, BIASED
-    column_words: Tensor | None  # (MB, MH, rows / 32, keys), for `sinks`
-    before: Tensor | None  # (B, 1, 1, keys) int32, of a (B, Skv) mask: how many keys it shows before each
-    column_counts: Tensor | None  # (MB, MH, rows / CELL, keys) uint8, how many of the CELL rows the key's mean is over
-    column_cells: Tensor  # (MB, MH, keys / CELL or 1, rows / CELL; of a (B, Skv) mask, `cells`)
-
-
 class Problem:
     """Query, key and scoring of one layer in the form that every kernel takes."""
 
@@ -52,17 +38,19 @@ class Problem:
         self.target = target or device_target(query.device)
         head_dim, kv_len = query.shape[-1], key.shape[2]
         mask, self.mask_form, hidden = scoring.attention_mask, NO_MASK.value, 0.0
-        self.packed = None
         if mask is None:
             mask = query.new_empty(1, 1, 1, 1)  # never read
+        elif mask.dim() == 2:
+            mask = torch.where(mask, 0.0, -torch.inf).float()[:, None, None]
+            self.mask_form, hidden = KEY_MASK.value, -math.inf
+        elif mask.dtype == torch.bool:
+            self.mask_form = BOOL_MASK.value
         else:
-            boolean = mask.dtype == torch.bool
-            self.mask_form = KEY_MASK.value if mask.dim() == 2 else BOOL_MASK.value if boolean else BIAS_MASK.value
-            hidden = -math.inf if boolean else torch.finfo(mask.dtype).min / 2
-            self.packed = empty_packed(narrow(mask.view(torch.uint8) if boolean else mask), query.shape[2])
-            mask = self.packed.mask
-            if self.mask_form == KEY_MASK.value:
-                mask = query.new_empty(mask.shape[0], 1, 1, padded(kv_len), dtype=torch.float32)[..., :kv_len]
+            self.mask_form, hidden = BIAS_MASK.value, torch.finfo(mask.dtype).min / 2
+        if mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
+        self.mask = narrow(mask)
+        self.packed = None  # pack.py fills it
         main = 1 << (head_dim.bit_length() - 1)
         tail = max(16, triton.next_power_of_2(head_dim - main)) if head_dim > main else 0
         if main < 16 or main + tail >= 2 * main:
@@ -73,7 +61,7 @@ class Problem:
         self.arguments = (
             operand("q", "qb qh qm qd", self.query)
             | operand("k", "kb kh kn kd", self.key)
-            | operand("mask", "mb mh mm mn", mask.expand(*query.shape[:3], kv_len))
+            | operand("mask", "mb mh mm mn", self.mask.expand(*query.shape[:3], kv_len))
             | dict(batch=query.shape[0], q_len=query.shape[2], kv_len=kv_len, GROUP=query.shape[1] // key.shape[1])
             | dict(scale=scale, cap=cap, window=scoring.sliding_window or 0)
             | dict(HEAD_DIM=head_dim, MAIN=main, TAIL=tail, PRECISION=self._precision())
@@ -82,7 +70,7 @@ class Problem:
         )
 
     def packed_operand(self, name: str, strides: str, field: str | None = None) -> dict[str, Any]:
-        """A field of the packed mask, for every batch row and head; nothing without one."""
+        """A field of the packed mask, for every batch row and head; nothing where it has none."""
         tensor = getattr(self.packed, field or name, None)
         return operand(name, strides, None if tensor is None else tensor.expand(*self.query.shape[:2], -1, -1))
 
@@ -102,35 +90,8 @@ def operand(name: str, strides: str, tensor: Tensor | None) -> dict[str, Any]:
     return {f"{name}_ptr": tensor} | {f"stride_{s}": n for s, n in zip(names, numbers, strict=True)}
 
 
-def empty_packed(mask: Tensor, q_len: int) -> Packed:
-    kv_len = mask.shape[-1]
-    rows, keys, cell = padded(q_len), padded(kv_len), CELL.value
-
-    def empty(*shape, dtype=torch.uint8):
-        return mask.new_empty(*mask.shape[:2], *shape, dtype=dtype)
-
-    if mask.dim() == 2:
-        cells = mask.new_empty(len(mask), 1, 1, keys // cell)
-        before = mask.new_empty(len(mask), 1, 1, padded(kv_len + 1), dtype=torch.int32)
-        return Packed(mask, None, None, cells, None, before, None, cells)
-    return Packed(
-        mask,
-        empty(keys // 32, rows, dtype=torch.int32),
-        empty(rows // cell, keys),
-        empty(rows // cell, keys // cell),
-        empty(rows // 32, keys, dtype=torch.int32),
-        None,
-        empty(rows // cell, keys),
-        empty(keys // cell, rows // cell),
-    )
-
-
 def image_arguments(image_mask: Tensor | None) -> dict[str, Any]:
     return operand("image", "ib in", None if image_mask is None else image_mask.view(torch.uint8))
-
-
-def padded(length: int) -> int:
-    return triton.cdiv(length, LINES) * LINES
 
 
 def narrow(tensor: Tensor) -> Tensor:

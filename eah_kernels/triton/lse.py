@@ -91,13 +91,13 @@ def _lse_kernel(
             keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, TILE_MASK)
             k, k_tail = load_operand(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
             qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
-            score, visible = score_tile(
+            score, _ = score_tile(
                 qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
                 scale, cap, window, TILE_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE and BY_KEY, True,
             )  # fmt: skip
-            if EDGE:
-                score, _ = mask_tile(
-                    score, visible, start_m, start_n, words_ptr, stride_wn, biased,
+            if EDGE and not BY_KEY:
+                score = mask_tile(
+                    score, start_m, start_n, words_ptr, stride_wn, biased,
                     at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn), stride_mm, stride_mn, MASK,
                 )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(score, 1))

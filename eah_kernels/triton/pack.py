@@ -4,17 +4,36 @@ From the cells the other kernels learn which key blocks they can leave out (all 
 (all visible); in the rest they read the bits, 32 pairs a word, and only where a visible pair adds a value other than 0
 the mask itself. Causality, window and bounds are in the bits; in the words for `sinks`, which lie along the rows, the
 rows that do not count and every row's own key are hidden too. Words and cells take about a quarter of the bytes of a
-boolean mask. A (B, Skv) mask gets no words: its cells are CELL keys, and the keys a row of 0 and -inf.
+boolean mask. A (B, Skv) mask gets no words: its cells are CELL keys, and the kernels read it by key.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from eah_kernels.triton.configs import Tile
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, operand
 from eah_kernels.triton.primitives import BIASED, CELL, HIDES, KEY_MASK, SHOWS, at, counting_rows, score_tile
 
+PAD = 128  # what is kept per row or key is padded to a multiple of this and so of every tile: no bounds to test
 CHUNK: tl.constexpr = tl.constexpr(1024)
+
+
+class Packed(NamedTuple):
+    """MB and MH are 1 where one mask serves all; rows and keys are padded to PAD."""
+
+    cells: Tensor  # (MB, MH, rows / CELL, keys / CELL) uint8, of SHOWS, HIDES, BIASED; of a (B, Skv) mask (B, 1, 1, ..)
+    column_cells: Tensor  # (MB, MH, keys / CELL, rows / CELL), for `sinks`; of a (B, Skv) mask the same as cells
+    words: Tensor | None = None  # (MB, MH, keys / 32, rows) int32
+    column_words: Tensor | None = None  # (MB, MH, rows / 32, keys)
+    seen: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, whether one of the CELL rows sees the key
+    column_counts: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, how many count, see it and are not its own
+    before: Tensor | None = None  # (B, 1, 1, keys) int32, of a (B, Skv) mask: how many keys it shows before each
 
 
 @triton.jit
@@ -32,7 +51,7 @@ def store_words(ptr, stride, visible, AXIS: tl.constexpr):
         tl.store(at(ptr, word, stride) + along, packed)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "row_cells", "key_cells"])
 def _pack_kernel(
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
     words_ptr, stride_wb, stride_wh, stride_wn, cells_ptr, stride_cb, stride_ch, stride_cm,
@@ -77,49 +96,59 @@ def _pack_kernel(
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _pack_keys_kernel(
-    shown_ptr, stride_sb, stride_sn, mask_ptr, stride_mb, cells_ptr, stride_cb, before_ptr, stride_bb, kv_len
-):  # fmt: skip
+def _pack_keys_kernel(mask_ptr, stride_mb, stride_mn, cells_ptr, stride_cb, before_ptr, stride_bb, kv_len):
     b = tl.program_id(0)
     before = 0
     for start in range(0, kv_len + 1, CHUNK):
         key = start + tl.arange(0, CHUNK)
         inside = key < kv_len
-        shown = tl.load(at(at(shown_ptr, b, stride_sb), key, stride_sn), mask=inside, other=0) != 0
-        tl.store(at(mask_ptr, b, stride_mb) + key, tl.where(shown, 0.0, float("-inf")), mask=inside)
+        shown = tl.load(at(at(mask_ptr, b, stride_mb), key, stride_mn), mask=inside, other=float("-inf")) == 0
         number = shown.to(tl.int32)
         tl.store(at(before_ptr, b, stride_bb) + key, before + tl.cumsum(number, 0) - number, mask=key <= kv_len)
         before += tl.sum(number, 0)
-        kind = number * SHOWS | (inside & (number == 0)).to(tl.int32) * HIDES
-        shows = tl.max(tl.reshape(kind & SHOWS, [CHUNK // CELL, CELL]), 1)
-        hides = tl.max(tl.reshape(kind & HIDES, [CHUNK // CELL, CELL]), 1)
+        shows = tl.max(tl.reshape(number, [CHUNK // CELL, CELL]), 1) * SHOWS
+        hides = tl.max(tl.reshape((inside & (number == 0)).to(tl.int32), [CHUNK // CELL, CELL]), 1) * HIDES
         cell = start // CELL + tl.arange(0, CHUNK // CELL)
         tl.store(at(cells_ptr, b, stride_cb) + cell, shows | hides, mask=cell * CELL < kv_len)
 
 
 def pack(problem: Problem) -> Launch:
-    """Fills problem.packed, and the row of 0 and -inf of a (B, Skv) mask; to be run before the other kernels."""
-    packed = problem.packed
+    """Sets problem.packed and fills it; for a problem with a mask, before `lse`, `sinks` and `attend` are made."""
+    kept = problem.arguments
+    rows, keys = padded(kept["q_len"]), padded(kept["kv_len"])
+    batch, heads = problem.mask.shape[:2]
     tile = Tile(0, 0, num_warps=4, num_stages=1)
+
+    def empty(*shape, dtype=torch.uint8):
+        lines, length = shape  # strides that are multiples of 16 whatever the lengths: nothing compiles anew
+        return problem.mask.new_empty(batch, heads, lines, triton.cdiv(length, 16) * 16, dtype=dtype)[..., :length]
+
     if problem.mask_form == KEY_MASK.value:
-        mask = dict(mask_ptr=problem.arguments["mask_ptr"], stride_mb=problem.arguments["stride_mb"])
+        cells = empty(1, keys // CELL.value)
+        packed = problem.packed = Packed(cells, cells, before=empty(1, keys + 1, dtype=torch.int32))
         return Launch(
             _pack_keys_kernel,
-            packed.mask.shape[0],
+            batch,
             tile,
-            operand("shown", "sb sn", packed.mask)
-            | mask
+            {name: kept[name] for name in ("mask_ptr", "stride_mb", "stride_mn", "kv_len")}
             | operand("cells", "cb", packed.cells)
-            | operand("before", "bb", packed.before)
-            | dict(kv_len=packed.mask.shape[1]),
+            | operand("before", "bb", packed.before),
         )
-    batch, heads, row_cells, key_cells = packed.cells.shape
-    kept = "q_len", "kv_len", "window", "MASK", "HIDDEN", "CAUSAL", "WINDOW"
+    row_cells, key_cells = rows // CELL.value, keys // CELL.value
+    packed = problem.packed = Packed(
+        empty(row_cells, key_cells),
+        empty(key_cells, row_cells),
+        empty(keys // 32, rows, dtype=torch.int32),
+        empty(rows // 32, keys, dtype=torch.int32),
+        empty(row_cells, keys),
+        empty(row_cells, keys),
+    )
+    names = "q_len", "kv_len", "window", "MASK", "HIDDEN", "CAUSAL", "WINDOW"
     return Launch(
         _pack_kernel,
         batch * heads * row_cells * key_cells,
         tile,
-        operand("mask", "mb mh mm mn", packed.mask)
+        operand("mask", "mb mh mm mn", problem.mask)
         | operand("words", "wb wh wn", packed.words)
         | operand("cells", "cb ch cm", packed.cells)
         | operand("seen", "sb sh sm", packed.seen)
@@ -127,5 +156,9 @@ def pack(problem: Problem) -> Launch:
         | operand("column_cells", "yb yh yn", packed.column_cells)
         | operand("column_counts", "zb zh zm", packed.column_counts)
         | dict(heads=heads, row_cells=row_cells, key_cells=key_cells)
-        | {name: problem.arguments[name] for name in kept},
+        | {name: kept[name] for name in names},
     )
+
+
+def padded(length: int) -> int:
+    return triton.cdiv(length, PAD) * PAD

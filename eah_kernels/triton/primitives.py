@@ -163,18 +163,16 @@ def unpack(words_ptr, stride_w, start_a, start_b, A: tl.constexpr, B: tl.constex
 
 @triton.jit
 def mask_tile(
-    score, visible, start_a, start_b, words_ptr, stride_w, biased, entry_ptr, stride_a, stride_b, MASK: tl.constexpr
+    score, start_a, start_b, words_ptr, stride_w, biased, entry_ptr, stride_a, stride_b, MASK: tl.constexpr
 ):  # fmt: skip
-    """Score, -inf where hidden, and the visible pairs under a packed mask; entry_ptr: the mask's, at the tile's start."""
-    if MASK == BOOL_MASK or MASK == BIAS_MASK:
-        visible = unpack(words_ptr, stride_w, start_a, start_b, score.shape[0], score.shape[1])
-        if MASK == BIAS_MASK:
-            if biased:
-                local_a, local_b = tl.arange(0, score.shape[0])[:, None], tl.arange(0, score.shape[1])[None, :]
-                entry = tl.load(entry_ptr + local_a * stride_a + local_b * stride_b, mask=visible, other=0)
-                score += entry.to(tl.float32) * LOG2E
-        score = tl.where(visible, score, float("-inf"))
-    return score, visible
+    """The score under a packed 4-D mask, -inf where hidden; biased: plus the entries, the tile's first at entry_ptr."""
+    visible = unpack(words_ptr, stride_w, start_a, start_b, score.shape[0], score.shape[1])
+    if MASK == BIAS_MASK:  # noqa: SIM102
+        if biased:
+            local_a, local_b = tl.arange(0, score.shape[0])[:, None], tl.arange(0, score.shape[1])[None, :]
+            entry = tl.load(entry_ptr + local_a * stride_a + local_b * stride_b, mask=visible, other=0)
+            score += entry.to(tl.float32) * LOG2E
+    return tl.where(visible, score, float("-inf"))
 
 
 @triton.jit

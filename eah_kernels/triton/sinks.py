@@ -29,11 +29,17 @@ from eah_kernels.triton.primitives import (
 def seeing_rows(
     key, q_len, kv_len, before_ptr, window, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):  # fmt: skip
-    """n_j of the keys; before_ptr: under a (B, Skv) mask, how many of its keys come before each. Without a mask every row
-    counts; with one, those whose own keys it shows. A hidden key's number means nothing."""
-    lowest = tl.maximum(kv_len - q_len, 0)
-    since = tl.maximum(key + 1, lowest) if CAUSAL else tl.maximum(key - key, lowest)
-    until = tl.minimum(key + window, kv_len) if WINDOW else tl.minimum(key - key + kv_len, kv_len)
+    """n_j of the keys: rows at positions since .. until - 1, without the own one, that count.
+
+    Without a mask all count; with a (B, Skv) mask, those at real keys: before_ptr numbers the real keys before each. A
+    hidden key's number means nothing.
+    """
+    since = tl.full(key.shape, 0, tl.int32) + tl.maximum(kv_len - q_len, 0)
+    until = tl.full(key.shape, 0, tl.int32) + kv_len
+    if CAUSAL:
+        since = tl.maximum(since, key + 1)
+    if WINDOW:
+        until = tl.minimum(until, key + window)
     since = tl.minimum(since, until)
     own = (since <= key) & (key < until)
     if MASK == NO_MASK:
@@ -48,8 +54,8 @@ def row_range(
     start_n, q_len, kv_len, window, cells_ptr, stride,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first, last) that may see a key of start_n, ... beside their own; the blocks of [full, edge) all do, without
-    a bias, and count, or do not exist. cells_ptr: as for `key_range`. Last, whether the mask adds anything."""
+    """As `key_range`: rows [first, last) that may see a key of start_n, ... beside their own; those of [full, edge) see
+    them all, without a bias, and count, as far as they exist."""
     offset = kv_len - q_len
     first = tl.maximum(-offset, 0) // BLOCK_M * BLOCK_M
     full = tl.cdiv(tl.maximum(start_n + BLOCK_N - offset, 0), BLOCK_M) * BLOCK_M
@@ -67,7 +73,17 @@ def row_range(
         length = kv_len if BY_KEY else q_len  # a (B, Skv) mask hides the rows whose own keys it hides
         seen_first, seen_full, seen_edge, seen_last, biased = visible_range(line, stride, length, LINES)
         first, full, edge, last = intersect(
-            first, full, edge, last, seen_first, seen_full, seen_edge, seen_last, offset if BY_KEY else 0, length, BLOCK_M
+            first,
+            full,
+            edge,
+            last,
+            seen_first,
+            seen_full,
+            seen_edge,
+            seen_last,
+            offset if BY_KEY else 0,
+            length,
+            BLOCK_M,
         )
     full = tl.cdiv(tl.where(full < edge, full, last), BLOCK_M) * BLOCK_M
     edge = tl.maximum(edge, full)
@@ -155,14 +171,14 @@ def _sinks_kernel(
                 minus_lse = tl.where(counts, minus_lse, float("-inf"))
             q, q_tail = load_operand(q_ptr, start_m, counts, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
             qk = dot_rows(k, q, k_tail, q_tail, TAIL, PRECISION)  # [BLOCK_N, BLOCK_M]
-            score, visible = score_tile(
+            score, _ = score_tile(
                 qk, start_m, local_m[None, :], start_n, local_n[:, None], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
                 scale, cap, window, NO_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE and BY_KEY, False,
             )  # fmt: skip
             score += minus_lse[None, :]
             if EDGE and not BY_KEY:  # the words hide rows that do not count: last, as their log-sum-exp may be NaN
-                score, _ = mask_tile(
-                    score, visible, start_n, start_m, words_ptr, stride_wm, biased,
+                score = mask_tile(
+                    score, start_n, start_m, words_ptr, stride_wm, biased,
                     at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn), stride_mn, stride_mm, MASK,
                 )  # fmt: skip
             mass += tl.exp2(score)
