@@ -1,17 +1,19 @@
 """Build the shipped kernels ahead of time, without a GPU, and print what each costs.
 
     python bench/resources.py          the builds CI makes: sm_90 in full, every other target's primary row
-    python bench/resources.py --all    every row of the tile table
+    python bench/resources.py --all    every row of the tile table, masked ones under every form of mask
 
+Kind: plain, float32, or of 16 bits under a 2-D mask (key), a 4-D boolean (bool) or an additive one (bias).
 Columns: registers a thread, bytes spilled, shared memory in KiB, the matrix instruction found in the machine code.
-Then, for NVIDIA, of each steady-state loop (without edge tests): instructions a thread issues per score, and the clocks
-of a multiprocessor per score that its issues, its exps and its matrix products take alone. That is a model.
-`attend` has two loops: for the shared map and, with a running maximum, for a head's own map.
+Then, for NVIDIA, of each steady-state loop (blocks that every row sees whole, whatever the mask): instructions a thread
+issues per score; the same of the loop over the other blocks, at edges and where a mask splits them; and the clocks of a
+multiprocessor per score that the former's issues, exps and matrix products take alone. That is a model.
+`attend` has two loops: for the shared map and, with a running maximum, for a head's own map. `pack` has none.
 
 Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, or spills without
-the tile table (eah_kernels/triton/configs.py) saying why; on sm_90 without mask also when a statistics loop issues more
-than 10 % above the floor of its exps and matrix products, the shared map has no loop without a running maximum, or a
-loop loads scalars from global memory.
+the tile table (eah_kernels/triton/configs.py) saying why; on sm_90 in 16 bits, masked or not, also when a statistics
+loop issues more than 10 % above the floor of its exps and matrix products, the shared map has no loop without a running
+maximum, a loop loads scalars from global memory, or a boolean mask more than doubles what a loop issues.
 """
 
 from __future__ import annotations
@@ -195,6 +197,10 @@ def loop_problems(row: Row, name: str, loop: Loop | None) -> list[str]:
     floor = max(1 / EXPS_A_CLOCK, row.head_dim / MATRIX_A_CLOCK[row.target])
     if row.kernel in ("lse", "sinks") and loop.issues / ISSUES_A_CLOCK > 1.1 * floor:
         problems.append(f"issues {loop.issues:.1f} a score: more than 10 % above the floor")
+    if row.kind == "masked" and row.mask == "bool" and loop.edge_issues > 2 * loop.issues:
+        problems.append(
+            f"issues {loop.edge_issues:.1f} a score where the mask splits a block: more than twice {name}'s"
+        )
     if loop.scalar_loads:
         problems.append(f"{loop.scalar_loads} scalar loads in the {name} loop")
     return problems
@@ -202,11 +208,12 @@ def loop_problems(row: Row, name: str, loop: Loop | None) -> list[str]:
 
 def clocks(row: Row, name: str, loop: Loop, value_width: int) -> str:
     """Clocks of a multiprocessor per score by what the loop issues, its exps and its matrix products: a model."""
-    text = f"{loop.issues:6.1f} {loop.issues / ISSUES_A_CLOCK:6.3f} {loop.exps / EXPS_A_CLOCK:6.3f}"
+    text = f"{loop.issues:6.1f} {loop.edge_issues:5.1f} "
+    text += f"{loop.issues / ISSUES_A_CLOCK:6.3f} {loop.exps / EXPS_A_CLOCK:6.3f}"
     if row.kind != "float32":
         values = {"shared map": value_width, "own map": row.head_dim}.get(name, 0)
         text += f" {(row.head_dim + values) / MATRIX_A_CLOCK[row.target]:6.3f}"
-    return f"{text:27} {name}"
+    return f"{text:33} {name}"
 
 
 def main() -> int:
@@ -215,7 +222,7 @@ def main() -> int:
     chosen = rows(parser.parse_args().all)
     print(f"{len(chosen)} builds, triton {triton.__version__}")
     print("target  kernel dims  kind     block_m x block_n  warps stages  registers  spilled  shared KiB", end="")
-    print("  matrix   issues  clocks: issue, exp, matrix")
+    print("  matrix   issues  edge  clocks: issue, exp, matrix")
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row, cost, problems in pool.map(build, chosen):

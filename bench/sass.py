@@ -19,15 +19,16 @@ class Loop(NamedTuple):
     issues: float
     exps: float
     scalar_loads: int  # loads of less than 8 bytes from global memory
+    edge_issues: float  # of the loop over the blocks that a mask or the diagonal splits
 
 
 def steady_loop(code: str, elements_a_thread: float, online: bool) -> Loop | None:
-    """The innermost loop with matrix products and exps that issues least: the others also test the edges.
+    """The innermost loop with matrix products and exps that issues least, and what the one that issues most does.
 
     online: among those with a running maximum (FMNMX), an online softmax; else among those without.
     """
     instructions = [(int(m[1], 16), m[2].strip()) for m in INSTRUCTION.finditer(code)]
-    best = None
+    loops = []
     for address, text in instructions:
         branch = BRANCH.match(text)
         if not branch or int(branch[1], 16) >= address:
@@ -36,10 +37,12 @@ def steady_loop(code: str, elements_a_thread: float, online: bool) -> Loop | Non
         kinds = Counter(t.split()[0] for t in body)
         attention = kinds["MUFU.EX2"] and any("MMA" in kind for kind in kinds)
         maximum = any(kind.startswith("FMNMX") for kind in kinds)
-        if attention and maximum == online and (best is None or len(body) < len(best)):
-            best = body
-    if best is None:
+        if attention and maximum == online:
+            loops.append(body)
+    if not loops:
         return None
+    best = min(loops, key=len)
     kinds = Counter(t.split()[0] for t in best)
     scalar = sum(n for kind, n in kinds.items() if re.fullmatch(r"LDG(\.E)?(\.U8|\.S8|\.U16)?", kind))
-    return Loop(len(best) / elements_a_thread, kinds["MUFU.EX2"] / elements_a_thread, scalar)
+    edge = max(map(len, loops)) / elements_a_thread
+    return Loop(len(best) / elements_a_thread, kinds["MUFU.EX2"] / elements_a_thread, scalar, edge)

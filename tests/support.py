@@ -19,8 +19,10 @@ NATIVE = pytest.param("native", marks=pytest.mark.skipif(WHY_NOT_NATIVE is not N
 class Case:
     """One layer's attention. `image`: first, middle, last, scattered, all, or absent (in batch row 0).
 
-    `mask`: None; left or right (2-D padding); bool, bool_heads, bool_all (one for the batch), bias, bias_heads,
-    bias_min (finfo.min hides), bias_rows (whole rows hidden); `mask_dtype`: of a bias, where it is not query's.
+    `mask`: None; left or right (2-D padding); bool, bool_heads, bool_all (one for all rows), bias, bias_heads, bias_min
+    (finfo.min hides), bias_rows (whole rows hidden), bool_causal, bias_causal (causality and left padding, as models
+    build them), bias_few (the same, and a few entries that add something); `mask_dtype`: of a bias, where it is not
+    query's.
     `layout`: bhsd, bshd (transformers'), sliced (last dim strided) or expanded (one KV head for all).
     """
 
@@ -130,12 +132,20 @@ def make_mask(case: Case, kv_len: int, generator, dtype) -> Tensor | None:
     heads = case.heads if case.mask.endswith("heads") else 1
     shape = (1 if case.mask == "bool_all" else case.batch, heads, case.q_len, kv_len)
     shown = torch.rand(shape, generator=generator) < 0.7
+    if case.mask in ("bool_causal", "bias_causal", "bias_few"):
+        position = torch.arange(case.q_len)[:, None] + kv_len - case.q_len
+        shown = ((key >= pad[:, None])[:, None] & (key <= position))[:, None]
     if case.mask == "bias_rows":
         shown[:, :, case.q_len // 3 : case.q_len // 2] = False
     if case.mask.startswith("bool"):
         return shown
     bias = torch.randn(shape, generator=generator).to(dtype)
-    return bias.masked_fill(~shown, torch.finfo(dtype).min if case.mask == "bias_min" else -torch.inf)
+    if case.mask in ("bias_causal", "bias_few"):
+        bias = torch.zeros(shape, dtype=dtype)
+    if case.mask == "bias_few":
+        bias[:, :, case.q_len // 2 : case.q_len // 2 + 9, 20:30] = 1.0
+    least = torch.finfo(dtype).min if case.mask in ("bias_min", "bias_causal") else -torch.inf
+    return bias.masked_fill(~shown, least)
 
 
 def pick_threshold(column_mean: Tensor, image_mask: Tensor) -> float:

@@ -49,6 +49,12 @@ MASKS = [
     Case(sliding_window=17, heads=8, kv_heads=2, q_len=113, kv_len=150),
     Case(softcap=3.0, q_len=113, image="absent"),
 ]
+SPLIT = [  # longer than a cell of the Triton kernels (64): blocks that a mask hides, shows or splits
+    Case(mask="left", q_len=140, heads=2, kv_heads=1),
+    Case(mask="bool_causal", q_len=140, causal=False, heads=2, kv_heads=1, image="first"),
+    Case(mask="bias_causal", q_len=130, kv_len=200, heads=2, kv_heads=1, image="all", sliding_window=150),
+    Case(mask="bias_few", q_len=140, causal=False, heads=2, kv_heads=1, image="first", softcap=5.0),
+]
 LONG = [
     Case(q_len=648, batch=1, image="middle", peak=1.0),
     Case(q_len=648, batch=1, kv_heads=1, image="absent", mask="left"),
@@ -56,7 +62,7 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("case", SHAPES + MASKS + LONG, ids=str)
+@pytest.mark.parametrize("case", SHAPES + MASKS + SPLIT + LONG, ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
 def test_float32(case, backend, kernel_device):
     check(case, backend, torch.float32, kernel_device)

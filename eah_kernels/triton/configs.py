@@ -65,7 +65,11 @@ TILES = {
         },
         "sm_100": {
             "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
-            "masked": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+            "masked": (
+                Tile(128, 128, 8, 3),
+                Tile(128, 64, 8, 2, spills=SPLIT_BLOCKS),
+                Tile(128, 64, 8, 2),
+            ),
             "float32": (Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1, spills=THREE_TF32)),
         },
         "gfx942": {
@@ -77,7 +81,7 @@ TILES = {
     "sinks": {
         "sm_80": {
             "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
-            "masked": (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+            "masked": (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2, spills=SPLIT_BLOCKS), Tile(32, 128, 8, 2)),
             "float32": (
                 Tile(16, 64, 4, 1),
                 Tile(16, 32, 4, 1, spills=THREE_TF32),
@@ -86,7 +90,7 @@ TILES = {
         },
         "sm_89": {
             "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 2)),
-            "masked": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+            "masked": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2, spills=SPLIT_BLOCKS), Tile(32, 128, 8, 2)),
             "float32": (
                 Tile(16, 64, 4, 1),
                 Tile(16, 64, 4, 1, spills=THREE_TF32),
