@@ -28,7 +28,7 @@ def steady_loop(code: str, elements_a_thread: float, online: bool) -> Loop | Non
     online: among those with a running maximum (FMNMX), an online softmax; else among those without.
     """
     instructions = [(int(m[1], 16), m[2].strip()) for m in INSTRUCTION.finditer(code)]
-    loops = []
+    found = {}  # (first address, last) -> instructions
     for address, text in instructions:
         branch = BRANCH.match(text)
         if not branch or int(branch[1], 16) >= address:
@@ -38,11 +38,16 @@ def steady_loop(code: str, elements_a_thread: float, online: bool) -> Loop | Non
         attention = kinds["MUFU.EX2"] and any("MMA" in kind for kind in kinds)
         maximum = any(kind.startswith("FMNMX") for kind in kinds)
         if attention and maximum == online:
-            loops.append(body)
-    if not loops:
+            found[int(branch[1], 16), address] = body
+    if not found:
         return None
+    loops = [body for span, body in found.items() if not any(_holds(span, other) for other in found)]
     best = min(loops, key=len)
     kinds = Counter(t.split()[0] for t in best)
     scalar = sum(n for kind, n in kinds.items() if re.fullmatch(r"LDG(\.E)?(\.U8|\.S8|\.U16)?", kind))
     edge = max(map(len, loops)) / elements_a_thread
     return Loop(len(best) / elements_a_thread, kinds["MUFU.EX2"] / elements_a_thread, scalar, edge)
+
+
+def _holds(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return span != other and span[0] <= other[0] and other[1] <= span[1]

@@ -37,7 +37,7 @@ HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
 SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
 
-# plain: 16-bit, no mask or only causality, window and soft-cap. masked: 16-bit with a mask tensor. float32: either.
+# plain: 16-bit, no mask or only causality and soft-cap. masked: 16-bit, a mask tensor or a window. float32: either.
 TILES = {
     "lse": {
         "sm_80": {
@@ -121,7 +121,11 @@ TILES = {
         "sm_80": {
             "plain": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256)),
             "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
-            "float32": (Tile(32, 32, 4, 1, 64), Tile(32, 16, 8, 1, 256), Tile(64, 32, 8, 1, 256, spills=THREE_TF32)),
+            "float32": (
+                Tile(32, 32, 4, 1, 64),
+                Tile(32, 16, 8, 1, 256, spills=THREE_TF32),
+                Tile(64, 32, 8, 1, 256, spills=THREE_TF32),
+            ),
         },
         "sm_89": {
             "plain": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
@@ -143,7 +147,7 @@ TILES = {
         },
         "sm_100": {
             "plain": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256)),
-            "masked": (Tile(128, 64, 8, 2, 256), Tile(128, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(128, 64, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
             "float32": (
                 Tile(64, 32, 8, 1, 128),
                 Tile(64, 32, 8, 1, 128, spills=THREE_TF32),

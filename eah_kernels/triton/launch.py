@@ -75,7 +75,7 @@ class Problem:
         return operand(name, strides, None if tensor is None else tensor.expand(*self.query.shape[:2], -1, -1))
 
     def tile(self, kernel: str, value_dim: int = 0) -> Tile:
-        masked = self.mask_form != NO_MASK.value
+        masked = self.mask_form != NO_MASK.value or self.arguments["WINDOW"]
         return find_tile(kernel, self.target, max(self.query.shape[-1], value_dim), self.query.dtype, masked)
 
     def _precision(self) -> str:
