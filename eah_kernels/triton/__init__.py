@@ -1,4 +1,4 @@
-"""backend="triton": the fused kernels. No host synchronisation; memory is linear in length but for a 4-D mask's bits."""
+"""backend="triton": the fused kernels. No host synchronisation; memory linear in length, but for a 4-D mask's bits."""
 
 from __future__ import annotations
 
