@@ -39,6 +39,7 @@ def test_every_kind_of_wrong_build_is_told():
 def test_the_table_is_complete():
     from eah_kernels.triton import configs
     from eah_kernels.triton.lse import LSE_PAD
+    from eah_kernels.triton.pack import PAD
 
     for kernel, targets in configs.TILES.items():
         assert set(targets) == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
@@ -47,5 +48,5 @@ def test_the_table_is_complete():
             for tiles in kinds.values():
                 assert len(tiles) == len(configs.HEAD_DIMS)
                 for tile, dim in zip(tiles, configs.HEAD_DIMS, strict=True):
-                    assert LSE_PAD % tile.block_m == 0
+                    assert LSE_PAD % tile.block_m == PAD % tile.block_m == PAD % tile.block_n == 0
                     assert kernel != "attend" or tile.value_width >= dim

@@ -3,8 +3,8 @@
 From the cells the other kernels learn which key blocks they can leave out (all hidden) or take as if there were no mask
 (all visible); in the rest they read the bits, 32 pairs a word, and only where a visible pair adds a value other than 0
 the mask itself. Causality, window and bounds are in the bits; in the words for `sinks`, which lie along the rows, the
-rows that do not count and every row's own key are hidden too. All that is kept takes 2.3 bits an
-entry of the mask. A (B, Skv) mask gets no words: its cells are CELL keys, and the kernels read it by key.
+rows that do not count and every row's own key are hidden too. All that is kept takes 2.3 bits an entry of the mask. A
+(B, Skv) mask gets no words: its cells are CELL keys, and the kernels read it by key.
 """
 
 from __future__ import annotations

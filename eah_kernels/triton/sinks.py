@@ -72,18 +72,9 @@ def row_range(
         line = cells_ptr if BY_KEY else at(cells_ptr, start_n // CELL, stride)
         length = kv_len if BY_KEY else q_len  # a (B, Skv) mask hides the rows whose own keys it hides
         seen_first, seen_full, seen_edge, seen_last, biased = visible_range(line, stride, length, LINES)
+        shift = offset if BY_KEY else 0
         first, full, edge, last = intersect(
-            first,
-            full,
-            edge,
-            last,
-            seen_first,
-            seen_full,
-            seen_edge,
-            seen_last,
-            offset if BY_KEY else 0,
-            length,
-            BLOCK_M,
+            first, full, edge, last, seen_first, seen_full, seen_edge, seen_last, shift, length, BLOCK_M
         )
     full = tl.cdiv(tl.where(full < edge, full, last), BLOCK_M) * BLOCK_M
     edge = tl.maximum(edge, full)
