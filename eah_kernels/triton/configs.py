@@ -98,7 +98,11 @@ TILES = {
             ),
         },
         "sm_90": {
-            "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+            "plain": (
+                Tile(64, 128, 8, 3, max_registers=128),
+                Tile(64, 128, 8, 3, max_registers=128),
+                Tile(64, 128, 8, 3),
+            ),
             "masked": (
                 Tile(64, 128, 8, 3, max_registers=128, spills=SPLIT_BLOCKS),
                 Tile(64, 128, 8, 3, max_registers=128, spills=SPLIT_BLOCKS),
