@@ -152,6 +152,29 @@ def sink_statistics(
     return SinkStatistics(counts, lse, mean if return_column_mean else None)
 
 
+def seeing_rows(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    causal: bool = True,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """How many rows each key's column mean is taken over: n_j, the counting rows other than its own that see key j.
+
+    Arguments and errors as for `eah_attention`; of query and key only the shapes matter. column_mean * n_j is the sum
+    of the column, to which the rows of later forwards can be added.
+
+    Returns:
+        (B, Hq, Skv) int32.
+    """
+    scoring = _check(query, key, attention_mask, causal, None, sliding_window, None)
+    (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
+    if q_len == 0:
+        return torch.zeros(batch, heads, kv_len, dtype=torch.int32, device=query.device)
+    return scoring.seeing_rows(q_len, kv_len, query.device).expand(batch, heads, kv_len).contiguous()
+
+
 def select_head(sink_counts: Tensor, image_mask: Tensor, min_density: float = 0.0) -> Tensor:
     """The head with the most sinks per batch row, lowest index on a tie.
 

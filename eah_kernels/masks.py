@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROWS = 256  # query rows at once where pairs are counted
+
 
 class Scoring(NamedTuple):
     """How a score is made and who sees whom; the arguments are those of `eah_kernels.eah_attention`."""
@@ -63,6 +65,17 @@ class Scoring(NamedTuple):
             return exists & mask[:, own][:, None]
         index = own[:, None].expand(*mask.shape[:2], q_len, 1)
         return exists & shows(mask.gather(-1, index)).squeeze(-1)
+
+    def seeing_rows(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+        """int32 (B|1, Hq|1, Skv): n_j, how many counting rows other than its own see key j (spec, step 2)."""
+        counting = self.counting_rows(q_len, kv_len, device).unsqueeze(-1)
+        key, keys, rows = torch.arange(kv_len, device=device), slice(None), 0
+        for start in range(0, q_len, ROWS):
+            block = slice(start, min(start + ROWS, q_len))
+            own = torch.arange(block.start, block.stop, device=device)[:, None] + (kv_len - q_len)
+            seen = self.visible(q_len, kv_len, device, block, keys) & counting[:, :, block] & (key != own)
+            rows = rows + seen.sum(-2, dtype=torch.int32)
+        return rows
 
 
 def shows(mask: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eah_kernels import eah_attention, reference
+from eah_kernels import eah_attention, reference, seeing_rows
 from support import NATIVE, Case, check, exact, make, run
 
 SHAPES = [
@@ -72,6 +72,24 @@ def test_float32(case, backend, kernel_device):
 @pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
 def test_float16(case, backend, kernel_device):
     check(case, backend, torch.float16, kernel_device)
+
+
+@pytest.mark.parametrize("case", SHAPES + MASKS, ids=str)
+def test_seeing_rows(case, monkeypatch):
+    """By hand: a row counts when it sees its own key; seen with rows in blocks of 16."""
+    monkeypatch.setattr("eah_kernels.masks.ROWS", 16)
+    inputs = make(case)
+    _, _, visible = reference.attention_maps(inputs.query, inputs.key, inputs.scoring)
+    visible = visible.expand(case.batch, case.heads, -1, -1)
+    q_len, kv_len = visible.shape[2:]
+    want = torch.zeros(case.batch, case.heads, kv_len, dtype=torch.int32)
+    for row in range(q_len):
+        own = row + kv_len - q_len
+        if own >= 0:
+            counts = visible[:, :, row, own, None] & visible[:, :, row] & (torch.arange(kv_len) != own)
+            want += counts.int()
+    rules = dict(causal=case.causal, sliding_window=case.sliding_window)
+    assert torch.equal(seeing_rows(inputs.query, inputs.key, inputs.attention_mask, **rules), want)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])

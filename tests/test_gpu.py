@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eah_kernels import eah_attention
+from eah_kernels import eah_attention, shared_map_attention
 from support import Case, check, exact, make, run
 from test_backends import LONG, MASKS, SHAPES
+from test_decode_kernel import MASKS as DECODING_MASKS
+from test_decode_kernel import SHAPES as DECODING
+from test_decode_kernel import check as check_decoding
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +61,37 @@ def test_no_host_synchronisation_and_graph_capture(mask):
     expected = run(inputs, threshold, "triton")
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", DECODING + DECODING_MASKS, ids=str)
+def test_decoding_in_bfloat16(case):
+    check_decoding(case, "triton", torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("mask", [None, "left", "bool"])
+def test_decoding_long_captured_and_without_synchronisation(mask):
+    case = Case(q_len=1, kv_len=32768, heads=8, kv_heads=2, dim=128, mask=mask)
+    check_decoding(case, "triton", torch.float16, "cuda")
+    inputs = make(case, torch.float16, "cuda")
+    head = torch.tensor([3, -1], dtype=torch.int32, device="cuda")
+
+    def decode():
+        options = dict(attention_mask=inputs.attention_mask, backend="triton", **inputs.rules)
+        return shared_map_attention(inputs.query, inputs.key, inputs.value, head, **options)
+
+    expected = decode()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert torch.equal(decode(), expected)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode()
+    head.copy_(head.flip(0))
+    graph.replay()
+    assert torch.equal(captured, decode()) and not torch.equal(captured, expected)
 
 
 def test_addresses_past_32_bits():

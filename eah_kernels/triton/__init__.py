@@ -8,6 +8,7 @@ from torch import Tensor
 from eah_kernels.masks import Scoring
 from eah_kernels.ops import empty_output
 from eah_kernels.triton import attend as _attend
+from eah_kernels.triton import decode as _decode
 from eah_kernels.triton import lse as _lse
 from eah_kernels.triton import pack as _pack
 from eah_kernels.triton import sinks as _sinks
@@ -52,8 +53,13 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
 def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     problem = Problem(query, key, scoring)
     batch, heads, q_len, _ = query.shape
-    minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
     output = empty_output(query, value)
+    if q_len <= _decode.MAX_ROWS:
+        with torch.cuda.device_of(query):
+            for launch in _decode.decode(problem, value, head, output):
+                launch.run()
+        return output
+    minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
     with torch.cuda.device_of(query):
         if problem.mask_form:
             _pack.pack(problem).run()
