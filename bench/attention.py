@@ -32,7 +32,7 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.
 def measure(layer: Layer, dtype: torch.dtype, device: str, rounds: int, only: str | None = None) -> list[dict]:
     """One row a contestant; times in milliseconds."""
     rows, running = [], []
-    for contestant in contestants(device):
+    for contestant in contestants(device, layer):
         if only and not contestant.name.startswith(only):
             continue
         row = dict(layer=str(layer), dtype=str(dtype)[6:], contestant=contestant.name, computes=contestant.computes)
@@ -63,7 +63,9 @@ def measure(layer: Layer, dtype: torch.dtype, device: str, rounds: int, only: st
             row["median_ms"] = statistics.median(times)
             row["p20_ms"], row["p80_ms"] = times[len(times) // 5], times[len(times) * 4 // 5]
             row["tflops"] = layer.flops / row["median_ms"] / 1e9
-    if device == "cuda" and layer.length <= 1024:
+        if row["computes"] == "held" and "median_ms" in row:
+            row["cache_gb_per_s"] = layer.cache_elements * dtype.itemsize / row["median_ms"] / 1e6
+    if device == "cuda" and (layer.length <= 1024 or layer.rows):
         add_graph_times([(row, contestant) for row, contestant, _ in running if "median_ms" in row], copies[0], rounds)
     return with_ratios(rows)
 

@@ -27,7 +27,10 @@ SDPA = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """computes: "eah" (output, head, counts), "attention", "shared map", "statistics" (counts) or "column sums"."""
+    """computes: "eah" (output, head, counts), "attention", "shared map", "statistics" (counts) or "column sums".
+
+    "held": the shared map again, of a decoding step.
+    """
 
     name: str
     computes: str
@@ -64,7 +67,8 @@ def sdpa(backend: SDPBackend | None) -> Callable[[Inputs], Tensor]:
             own = torch.eye(length, dtype=torch.bool, device=inputs.query.device)  # or rows without a key are NaN
             mask = (causal & inputs.attention_mask[:, None, None]) | own
         tensors = inputs.query, inputs.key, inputs.value
-        options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        causal = mask is None and inputs.query.shape[2] == inputs.key.shape[2]  # the row of a decoding step sees all
+        options = dict(attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         if backend is None:
             return F.scaled_dot_product_attention(*tensors, **options)
         with sdpa_kernel(backend):
@@ -101,8 +105,13 @@ def flash_colreduce(inputs: Inputs) -> Tensor:
     return flash_colreduce(inputs.query, key, "sum", is_causal=True)
 
 
-def contestants(device: str) -> list[Contestant]:
+def contestants(device: str, layer: Layer) -> list[Contestant]:
     """Everything that may be measured on a device; what cannot run there says so when it is checked."""
+    backends = ("torch", "native") if device == "cpu" else ("triton",)
+    if layer.rows:
+        names = {"SDPA": None} if device == "cpu" else SDPA
+        found = [Contestant(name, "attention", sdpa(backend)) for name, backend in names.items()]
+        return found + [held(backend) for backend in backends]
     found = [Contestant("eager EAH, as published", "eah", published_eager)]
     if device == "cpu":
         found.append(Contestant("SDPA", "attention", sdpa(None)))
@@ -111,9 +120,19 @@ def contestants(device: str) -> list[Contestant]:
         found.append(Contestant("FlexAttention", "attention", flex_attention()))
         if find_spec("flash_colreduce"):
             found.append(Contestant("flash-colreduce", "column sums", flash_colreduce))
-    for backend in ("torch", "native") if device == "cpu" else ("triton",):
+    for backend in backends:
         found += ours(backend)
     return found
+
+
+def held(backend: str) -> Contestant:
+    """A decoding step of ours with decode="hold"."""
+
+    def step(inputs):
+        head = torch.zeros(len(inputs.query), dtype=torch.int32, device=inputs.query.device)
+        return shared_map_attention(*inputs[:3], head, backend=backend)
+
+    return Contestant(f"EAH, {backend}", "held", step)
 
 
 def ours(backend: str) -> list[Contestant]:

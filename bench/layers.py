@@ -14,6 +14,7 @@ class Layer:
     """One prefill: batch x heads/kv_heads x length x dim, with image_tokens from token 35 on.
 
     padded: every second row of the batch is left-padded by an eighth. sinks: False = a threshold no column reaches.
+    rows: query rows on a cache of `length` keys, a decoding step with a head held; 0 for a prefill.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Layer:
     image_tokens: int = 576
     padded: bool = False
     sinks: bool = True
+    rows: int = 0
 
     def small(self) -> Layer:
         """The same layer cut down to where the reference is quick."""
@@ -34,12 +36,23 @@ class Layer:
 
     @property
     def flops(self) -> float:
-        """What EAH needs once: Q K^T of every head, Q K^T and P V of the shared map per KV head; causal."""
+        """What EAH needs once: Q K^T of every head, Q K^T and P V of the shared map per KV head; causal.
+
+        With a head held only the latter.
+        """
+        if self.rows:
+            return 2 * self.batch * self.rows * self.length * self.dim * (1 + self.kv_heads)
         pairs = self.batch * self.length * (self.length + 1) / 2
         return 2 * pairs * self.dim * (self.heads + 1 + self.kv_heads)
 
+    @property
+    def cache_elements(self) -> int:
+        """What a step with a head held reads of the cache: one K head and every V head."""
+        return self.batch * self.length * self.dim * (1 + self.kv_heads) if self.rows else 0
+
     def __str__(self) -> str:
-        return f"{self.name}: {self.batch} x {self.heads}/{self.kv_heads} x {self.length} x {self.dim}"
+        length = f"{self.rows} of {self.length}" if self.rows else self.length
+        return f"{self.name}: {self.batch} x {self.heads}/{self.kv_heads} x {length} x {self.dim}"
 
 
 LAYERS = (
@@ -53,6 +66,10 @@ LAYERS = (
     Layer("InternVL, 64-dim heads", 14, 2, 1800, dim=64, image_tokens=1792),
     Layer("Qwen2-VL, no image", 28, 4, 2928, image_tokens=0),
     Layer("Qwen2-VL, no sink", 28, 4, 2928, image_tokens=2800, sinks=False),
+    Layer("LLaVA-1.5, decoding", 32, 32, 4096, rows=1),
+    Layer("LLaVA-1.5, decoding, batch 8", 32, 32, 4096, batch=8, rows=1),
+    Layer("LLaVA-1.5, decoding, 32k", 32, 32, 32768, rows=1),
+    Layer("Qwen2-VL, decoding", 28, 4, 8192, rows=1),
 )
 CPU_LAYERS = (
     Layer("LLaVA-1.5", 32, 32, 648),
@@ -61,6 +78,8 @@ CPU_LAYERS = (
     Layer("Qwen2-VL, one image", 28, 4, 648),
     Layer("Qwen2-VL, no image", 28, 4, 648, image_tokens=0),
     Layer("Qwen2-VL, no sink", 28, 4, 648, sinks=False),
+    Layer("LLaVA-1.5, decoding", 32, 32, 2048, rows=1),
+    Layer("Qwen2-VL, decoding", 28, 4, 2048, rows=1),
 )
 
 
@@ -77,12 +96,12 @@ def make_inputs(layer: Layer, dtype: torch.dtype, device: str, seed: int = 0) ->
     """Random values in transformers' layout; later heads have sharper maps, so that their sinks differ."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def tensor(heads):
-        shape = (layer.batch, layer.length, heads, layer.dim)
+    def tensor(heads, length=layer.length):
+        shape = (layer.batch, length, heads, layer.dim)
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).transpose(1, 2)
 
     sharpness = torch.linspace(0.5, 2, layer.heads, device=device)[:, None, None]
-    query = (tensor(layer.heads) * sharpness).to(dtype)
+    query = (tensor(layer.heads, layer.rows or layer.length) * sharpness).to(dtype)
     key, value = (tensor(layer.kv_heads).to(dtype) for _ in range(2))
     position = torch.arange(layer.length, device=device).expand(layer.batch, -1)
     padding = torch.zeros(layer.batch, 1, dtype=torch.long, device=device)

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ESSENTIAL = ("eah", "attention", "held")
 MARKS = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
 
 
@@ -54,7 +55,7 @@ def attention_table(file: Path) -> str:
 def essential_table(file: Path) -> str:
     """One line a layer and dtype, a column a contestant: medians over plain SDPA's, losing ones included."""
     results = json.loads(file.read_text())
-    rows = [row for row in results["rows"] if row["computes"] in ("eah", "attention")]
+    rows = [row for row in results["rows"] if row["computes"] in ESSENTIAL]
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     names.sort(key=lambda name: not name.startswith("SDPA"))
     lines = [heading(results, file), ""]
@@ -117,7 +118,7 @@ def chart(folder: Path) -> Path:
     import matplotlib.pyplot as plt
 
     results = json.loads((folder / "attention.json").read_text())
-    rows = [row for row in results["rows"] if row.get("ratio_to_sdpa") and row["computes"] in ("eah", "attention")]
+    rows = [row for row in results["rows"] if row.get("ratio_to_sdpa") and row["computes"] in ESSENTIAL]
     labels = [f"{row['layer']}, {row['dtype']}: {row['contestant']}" for row in rows]
     canvas, axes = plt.subplots(figsize=(11, 0.24 * len(rows) + 1.5), layout="constrained")
     colour = {"SDPA": "lightgrey", "Flex": "lightgrey", "eager": "tab:orange", "EAH": "tab:blue"}

@@ -13,8 +13,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 
-@pytest.mark.parametrize("contestant", contestants(DEVICE), ids=lambda contestant: contestant.name)
-@pytest.mark.parametrize("layer", LAYERS[:6] if DEVICE == "cuda" else CPU_LAYERS, ids=str)
+CASES = [
+    pytest.param(layer, contestant, id=f"{layer}-{contestant.name}")
+    for layer in ((*LAYERS[:6], *LAYERS[-4:]) if DEVICE == "cuda" else CPU_LAYERS)
+    for contestant in contestants(DEVICE, layer)
+]
+
+
+@pytest.mark.parametrize("layer, contestant", CASES)
 def test_speed(benchmark, layer, contestant):
     problem = check(contestant, layer, DTYPE, DEVICE)
     if problem:

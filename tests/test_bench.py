@@ -11,7 +11,7 @@ import torch
 
 import report
 from contestants import Contestant, check, contestants
-from eah_kernels import eah_attention
+from eah_kernels import eah_attention, shared_map_attention
 from layers import CPU_LAYERS, LAYERS
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ RESULTS = sorted((ROOT / "bench/results").glob("*/*.json"))
 
 @pytest.mark.parametrize("layer", {layer.small(): layer for layer in LAYERS + CPU_LAYERS}, ids=str)
 def test_every_contestant_computes_what_it_claims(layer):
-    for contestant in contestants("cpu"):
+    for contestant in contestants("cpu", layer):
         assert check(contestant, layer, torch.float32, "cpu") is None
 
 
@@ -34,6 +34,12 @@ def test_a_contestant_that_does_not_is_told_apart():
     wrong = {"attention": lambda i: i.value, "shared map": lambda i: i.value, "statistics": lambda i: i.value}
     for computes, run in wrong.items():
         assert check(Contestant("cheat", computes, run), layer, torch.float32, "cpu")
+
+    def ordinary(inputs):
+        head = torch.full((1,), -1, dtype=torch.int32)
+        return shared_map_attention(*inputs[:3], head, backend="torch")
+
+    assert check(Contestant("cheat", "held", ordinary), CPU_LAYERS[-1], torch.float32, "cpu")
 
     def broken(inputs):
         raise ValueError("boom")
