@@ -19,7 +19,12 @@ from tiny_models import attention_of, prompt
 
 MIXED = ["abIcdefghi", "abcIde", "abcdef", "kIxIl"]
 SHARES = [["abIcdefghi", "abcIde"], ["abcdef", "kIxIl"]]  # what each process is given, data parallel
-WAYS = {"greedy": {}, "beams": {"num_beams": 2}, "static": {"cache_implementation": "static", "disable_compile": True}}
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 2},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "hold": {"decode": "hold"},
+}
 
 
 def load(path: Path, attn: str = "sdpa", **how):
@@ -35,8 +40,8 @@ def forward(model, inputs, **knobs):
         return model(**inputs).logits, handle.report().layers[0]
 
 
-def generated(model, inputs, threshold, **how):
-    with eah.enable(model, threshold=threshold) as handle:
+def generated(model, inputs, threshold, decode="off", **how):
+    with eah.enable(model, threshold=threshold, decode=decode) as handle:
         tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, **how)
     return tokens, handle.report().layers[0]
 
@@ -126,6 +131,7 @@ def tensor_parallel(folder: Path, threshold: float) -> dict:
         "replicated": forward(replicated, others, threshold=threshold),
         "reductions": (reductions(llava, inputs, threshold), reductions(replicated, others, threshold)),
         "masks per head": masks_per_head(llava, inputs, threshold),
+        "track": generated(llava, inputs, threshold, decode="track"),
     }
 
 

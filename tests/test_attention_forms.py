@@ -9,6 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import eah
 from eah import swap
 from eah_kernels.masks import Scoring
+from test_decode import STEPS, cache_of, feed
+from test_decode import tuned as decode_tuned
 from tiny_models import IMAGE, Oracle, attention_of, build, one_thread, prompt  # noqa: F401
 
 transformers = pytest.importorskip("transformers")
@@ -84,6 +86,23 @@ def test_flash_with_a_static_cache(flash):
         close(model(**inputs, past_key_values=cache).logits, oracle(**inputs), inputs["attention_mask"])
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("text", [{}, {"decoder": "MistralConfig", "sliding_window": 6}], ids=["full", "window"])
+@pytest.mark.parametrize("mode", ["hold", "track"])
+def test_later_steps_with_flash_masks(flash, mode, text, rows, kind):
+    """One token, then several, then one."""
+    model, inputs = build("llava", **text), prompt("llava", ROWS[rows])
+    chunks = STEPS.split([1, 4, 3], 1)
+    oracle, want = decode_tuned(model, inputs, mode, chunks, not text, window=text.get("sliding_window"))
+    with_text_attention(model, "flash_attention_2")
+    with eah.enable(model, threshold=oracle.threshold, decode=mode) as handle:
+        got = feed(model, inputs, chunks, cache_of(kind, model))
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
+    assert handle.report().layers[0].afterwards is None
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("text", [{}, {"decoder": "MistralConfig", "sliding_window": 6}], ids=["full", "window"])
 def test_flex_masks(text, rows):
@@ -111,3 +130,34 @@ def test_flex_masks(text, rows):
         attention_of(model, 1).config._attn_implementation_internal = "block_mask"
         close(model(**inputs).logits, oracle(**inputs), inputs["attention_mask"])
     assert seen == ["BlockMask"] and handle.report().layers[0].rows
+
+
+@pytest.mark.parametrize("mode", ["hold", "track"])
+def test_later_steps_with_flex_masks(mode):
+    """Layer 1 only, as above: a mask over the keys that a dynamic cache returns."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    model, inputs = build("llava").requires_grad_(False), prompt("llava", ROWS["padded"])
+    chunks = STEPS[:, :4].split([1, 2, 1], 1)
+    oracle, want = decode_tuned(model, inputs, mode, chunks)
+
+    def block_mask(module, query, key, value, attention_mask, **kwargs):
+        q_len, kv_len = query.shape[2], key.shape[2]
+        real = torch.nn.functional.pad(inputs["attention_mask"].bool(), (0, 64), value=True)
+
+        def seen(b, h, row, at):
+            return real[b, at] & (at <= row + kv_len - q_len)
+
+        mask = create_block_mask(seen, len(query), None, q_len, kv_len, device="cpu")
+        return swap.attention_forward(module, query, key, value, mask, **kwargs)
+
+    transformers.AttentionInterface.register("block_mask", block_mask)
+    with eah.enable(model, threshold=oracle.threshold, decode=mode) as handle:
+        layer = attention_of(model, 1).eah_layer
+        layer.config = swap.copy.copy(layer.config)
+        layer.config._attn_implementation_internal = "flex_attention"
+        attention_of(model, 1).config._attn_implementation_internal = "block_mask"
+        got = feed(model, inputs, chunks, cache_of("dynamic", model))
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
+    assert handle.report().layers[0].rows and handle.report().layers[0].afterwards is None

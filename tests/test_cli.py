@@ -63,9 +63,9 @@ def generate(capsys, saved_model, *more):
 
 
 def test_generate(capsys, saved_model):
-    status, out, err = generate(capsys, saved_model)
+    status, out, err = generate(capsys, saved_model, "--decode", "hold")
     assert status == 0, err
-    assert "layer 1" in out and "sinks per head" in out
+    assert "layer 1" in out and "sinks per head" in out and "keeps lending its map" in out
 
 
 def test_generate_compares(capsys, saved_model):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import eah
+from test_decode import STEPS, tuned
 from tiny_models import IMAGE, Oracle, build, prompt
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.gpu
 
@@ -43,6 +44,21 @@ def test_caches(cache):
         got = model.generate(**inputs, **options, cache_implementation=cache)
     assert torch.equal(got, oracle.model.generate(**inputs, **options)) and not torch.equal(got, plain)
     assert heads(handle) == oracle.head[1].tolist()
+    assert handle.report().layers[0].afterwards is None
+
+
+@pytest.mark.parametrize("mode", ["hold", "track"])
+@pytest.mark.parametrize("cache", [None, "static", "offloaded", "offloaded_static"])
+def test_later_steps(cache, mode):
+    """Twice: a static cache is kept, and its CUDA graphs are replayed on another choice."""
+    model, inputs, _ = on_device(MIXED)
+    oracle, _ = tuned(model, inputs, mode, STEPS.to(DEVICE).split(1, 1))
+    torch.compiler.reset()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    want = oracle.model.generate(**inputs, **options, past_key_values=transformers.DynamicCache())
+    with eah.enable(model, threshold=oracle.threshold, decode=mode) as handle:
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **options, cache_implementation=cache), want)
     assert handle.report().layers[0].afterwards is None
 
 

@@ -136,6 +136,15 @@ def test_masks_per_head_are_left_alone(ranks):
         assert torch.equal(enabled, plain) and report.stood_aside == swap.MASK_PER_HEAD
 
 
+def test_tracking_stands_aside_after_the_prompt(ranks, alone):
+    tokens, report = alone["greedy"]
+    assert not torch.equal(alone["hold"][0], tokens)
+    for rank in ranks:
+        got, tracked = rank["track"]
+        assert torch.equal(got, tokens)
+        assert tracked.rows == report.rows and tracked.afterwards == swap.SPREAD
+
+
 def test_data_parallel(ranks, folder, threshold):
     """Each process has its own batch, and enables the model before it is wrapped or after."""
     model = processes.load(folder / "llava")

@@ -210,7 +210,7 @@ def test_history_keeps_the_last_prefills():
         ("threshold", "0.1", ValueError, "threshold must be a number >= 0, got '0.1'"),
         ("min_density", 1.5, ValueError, r"min_density must be a number in 0\.\.1, got 1.5"),
         ("broadcast_to", 5, ValueError, r'broadcast_to must be "all" or an int within 1\.\.4, got 5'),
-        ("decode", "hold", ValueError, "decode must be \"off\", got 'hold'"),
+        ("decode", "on", ValueError, "decode must be one of off, hold, track, got 'on'"),
         ("history", -1, ValueError, "history must be an int >= 0, got -1"),
         ("history", True, ValueError, "history must be an int >= 0, got True"),
         ("backend", "cuda", ValueError, "backend must be one of .* got 'cuda'"),

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from eah.chunked_prefill import ChunkedPrefill
+from eah.decode import MODES
 from eah.image_tokens import ImageTokens
 from eah.inner_generate import InnerGenerate
 from eah.models import Family, UnsupportedModelError, attention_modules, family_of, image_token_ids, named
@@ -47,7 +48,10 @@ def enable(
             map (linear attention, convolutions), the first layer after it that has one, and the report says so.
         threshold: mean attention above which an image token is a sink of a head, >= 0.
         min_density: no head lends its map below this many sinks per image token, 0..1.
-        decode: what single-token steps do; "off" leaves them to the model's own attention.
+        decode: what the steps after a prefill do. "off": the model's own attention, as published. "hold": the head
+            chosen at prefill keeps lending its map to every later token of that sequence, those of a second turn
+            included. "track": every later token takes part in the statistics and the head is chosen anew for it, from
+            all tokens up to it. Both need a cache; without one every step is a prefill.
         backend: as in `eah_kernels.eah_attention`.
         broadcast_to: how many heads of the layer take the map, those with the fewest sinks (the paper's ablation).
         video: count the placeholder tokens of videos as image tokens, in families that have them.
@@ -73,16 +77,16 @@ def enable(
     if _find(model) is not None:
         raise ValueError("model is enabled already: disable() its handle first; eah.Handle.of(model) finds it")
     layers = _checked_layers(layers)
-    if decode != "off":
-        raise ValueError(f'decode must be "off", got {decode!r}')
+    if decode not in MODES:
+        raise ValueError(f"decode must be one of {', '.join(MODES)}, got {decode!r}")
     if type(history) is not int or history < 0:
         raise ValueError(f"history must be an int >= 0, got {history!r}")
     family = family_of(model)
     token_ids = image_token_ids(model, family or Family(), video)
     modules = attention_modules(model, layers, may_move=isinstance(layers, DefaultLayers))
-    settings = Settings(threshold, min_density, backend, broadcast_to, tested=family is not None)
+    settings = Settings(threshold, min_density, backend, broadcast_to, decode, tested=family is not None)
     _check_knobs(model, min(module.config.num_attention_heads for module in modules), settings)
-    notes = _notes(model, family, layers, tuple(module.layer_idx for module in modules))
+    notes = _notes(model, family, layers, tuple(module.layer_idx for module in modules), decode)
 
     register()
     swapped = tuple(SwappedLayer(module, settings, history) for module in modules)
@@ -95,7 +99,8 @@ class EnabledModel(ImageTokens):
     """The hook on an enabled model's base model, and all that undoing takes; copied and pickled with the model."""
 
     def __init__(self, model, family: Family, token_ids, layers: tuple[SwappedLayer, ...], notes: tuple[str, ...]):
-        super().__init__(model.base_model, token_ids, family.position_mask, layers[0].index)
+        later = layers[0].settings.decode == "track"
+        super().__init__(model.base_model, token_ids, family.position_mask, layers[0].index, later)
         self.layers = layers
         self.notes = notes
         inner = family.inner_generate if model.can_generate() else None
@@ -203,8 +208,15 @@ def _checked_layers(layers) -> tuple[int, ...]:
     return layers if isinstance(layers, DefaultLayers) else tuple(layers)
 
 
-def _notes(model, family: Family | None, asked: tuple[int, ...], used: tuple[int, ...]) -> tuple[str, ...]:
-    notes = []
+DECODE_NOTES = {
+    "off": (),
+    "hold": ("the head chosen at prefill keeps lending its map to later tokens",),
+    "track": ("the table is of the prefill; each later token takes part in the statistics and has a head chosen anew",),
+}
+
+
+def _notes(model, family: Family | None, asked: tuple, used: tuple, decode: str) -> tuple[str, ...]:
+    notes = list(DECODE_NOTES[decode])
     if family is None:
         notes.append(f"{named(model)} is of no family that was tested (eah models): the general rule was applied")
     if used != asked:

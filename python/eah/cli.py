@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from eah.decode import MODES
 from eah.demo import demo, print_demo
 from eah.generate import generate
 from eah.models import family_table
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--layers", type=int, nargs="+", help="decoder layers, 0-based (default: 1, or the first usable)")
     two.add_argument("--threshold", type=float, default=0.002, help="mean attention of a vision sink (default: 0.002)")
     two.add_argument("--min-density", type=float, default=0.0, help="sinks per image token below which no head lends")
+    two.add_argument("--decode", default="off", choices=MODES, help="what steps after the prompt do (default: off)")
     two.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
     two.add_argument("--max-new-tokens", type=int, default=128)
     two.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -83,6 +85,7 @@ def _generate(arguments) -> int:
         knobs=dict(
             threshold=arguments.threshold,
             min_density=arguments.min_density,
+            decode=arguments.decode,
             backend=arguments.backend,
             **({"layers": tuple(arguments.layers)} if arguments.layers else {}),
         ),

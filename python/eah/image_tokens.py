@@ -23,7 +23,10 @@ UNREADABLE_MASK = "an image mask that was given (handle.image_mask) cannot be re
 
 
 class Prefill(NamedTuple):
-    """What the attention layers cannot see for themselves. Either `stand_aside` or the rest."""
+    """What the attention layers cannot see for themselves. Either `stand_aside` or the rest.
+
+    With CACHED there may be an image_mask (B, cached + S), False for the cached tokens.
+    """
 
     image_mask: Tensor | None = None  # (B, S) bool
     padding_mask: Tensor | None = None  # (B, S) bool, True = real token; None without one
@@ -39,11 +42,12 @@ class ImageTokens:
     Threads may share the model: what a call needs travels with the call, and a given mask belongs to a thread.
     """
 
-    def __init__(self, base, token_ids: tuple[int, ...], position_mask: str | None, layer: int):
+    def __init__(self, base, token_ids: tuple[int, ...], position_mask: str | None, layer: int, later: bool):
         self.ids_first = list(inspect.signature(type(base).forward).parameters)[1] == "input_ids"
         self.token_ids = token_ids
         self.position_mask = position_mask
         self.layer = layer
+        self.later = later  # the image tokens of forwards on a cache are wanted, too
         self.given_masks: dict[int, Tensor] = {}  # by thread
         self.chunking: set[int] = set()  # the threads that feed a prompt in chunks
 
@@ -84,13 +88,17 @@ class ImageTokens:
 
     def describe(self, base, input_ids, tokens, kwargs) -> Prefill:
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        reason = _why_not_empty(cache, self.layer)
+        cached = _tokens_in(cache, self.layer)
+        reason = UNREADABLE_CACHE if cached is None else CACHED if cached else None
         if reason is None and self.chunking and (torch.compiler.is_compiling() or get_ident() in self.chunking):
             reason = CHUNKED
         if reason is None and mask is None and cache is None:
             reason = _why_not_one_sequence(kwargs.get("position_ids"))
-        if reason is None and self.given_masks and torch.compiler.is_compiling():
+        wanted = reason is None or (reason == CACHED and self.later)
+        if wanted and self.given_masks and torch.compiler.is_compiling():
             reason = UNREADABLE_MASK
+        if reason == CACHED and self.later:
+            return Prefill(self.find(base, input_ids, tokens, kwargs, cached), stand_aside=CACHED)
         if reason is not None:
             return Prefill(stand_aside=reason)
         padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -105,14 +113,19 @@ class ImageTokens:
     def given_mask(self) -> Tensor | None:
         return self.given_masks.get(get_ident()) if self.given_masks else None
 
-    def find(self, base, input_ids, tokens, kwargs) -> Tensor:
-        """(B, S) bool: the mask that was given, else the placeholder tokens.
+    def find(self, base, input_ids, tokens, kwargs, cached: int = 0) -> Tensor:
+        """(B, cached + S) bool, False for cached tokens: the mask that was given, else the placeholder tokens.
 
         Without ids, the embeddings that equal a placeholder's, as the models themselves find them.
         """
-        given = self.given_mask()
+        given, (batch, length) = self.given_mask(), tokens.shape[:2]
         if given is not None:
-            return _fitted(given.to(tokens.device), *tokens.shape[:2])
+            found = _fitted(given.to(tokens.device), batch, cached + length)[:, cached:]
+        else:
+            found = self.placeholders(base, input_ids, tokens, kwargs)
+        return torch.nn.functional.pad(found, (cached, 0)) if cached else found
+
+    def placeholders(self, base, input_ids, tokens, kwargs) -> Tensor:
         if self.position_mask is not None:
             mask = kwargs.get(self.position_mask)
             return tokens.new_zeros(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
@@ -137,15 +150,14 @@ def _fitted(mask: Tensor, batch: int, length: int) -> Tensor:
     return torch.nn.functional.pad(mask.repeat_interleave(batch // rows, 0), (0, length - columns))
 
 
-def _why_not_empty(cache, layer: int) -> str | None:
+def _tokens_in(cache, layer: int) -> int | None:
+    """How many tokens the cache holds; None: that cannot be read now."""
     if cache is None:
-        return None
+        return 0
     seen = cache.get_seq_length(layer)
     if isinstance(seen, Tensor):  # an initialised static cache counts on the device: one read per prefill
-        if not _readable():
-            return UNREADABLE_CACHE
-        seen = seen.item()
-    return CACHED if seen else None
+        return seen.item() if _readable() else None
+    return seen
 
 
 def _why_not_one_sequence(position_ids) -> str | None:

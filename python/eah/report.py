@@ -16,6 +16,7 @@ class Record(NamedTuple):
     image_mask: Tensor | None = None  # (B, S) bool
     stood_aside: str | None = None
     afterwards: str | None = None
+    continued: str | None = None
     by_embedding: bool = False  # image tokens were looked for among embeddings
 
 
@@ -38,13 +39,15 @@ class RowReport:
 class LayerReport:
     """One enabled layer. `rows` is empty when nothing ran yet or EAH stood aside, for the reason `stood_aside`.
 
-    `afterwards`: why a later forward of several tokens, a second turn for instance, used ordinary attention.
+    `afterwards`: why a later forward, a second turn for instance, used ordinary attention.
+    `continued`: what a later forward of several tokens was lent, with decode="hold".
     """
 
     layer: int
     rows: tuple[RowReport, ...] = ()
     stood_aside: str | None = None
     afterwards: str | None = None
+    continued: str | None = None
 
     def __str__(self) -> str:
         lines = [f"layer {self.layer}"]
@@ -58,6 +61,8 @@ class LayerReport:
                 lines.append(f"       {row.why_none}: the row kept its own attention maps")
         if self.stood_aside:
             lines.append(f"  stood aside: {self.stood_aside}")
+        if self.continued:
+            lines.append(f"  later: {self.continued}")
         if self.afterwards:
             lines.append(f"  later, ordinary attention: {self.afterwards}")
         return "\n".join(lines if len(lines) > 1 else [f"layer {self.layer}: nothing ran yet"])
@@ -84,7 +89,7 @@ def layer_report(layer: int, record: Record | None, min_density: float) -> Layer
     rows = zip(record.head.tolist(), record.sink_counts.tolist(), image_tokens, strict=True)
     none_found = NO_PLACEHOLDER if record.by_embedding else NO_IMAGE_TOKEN
     rows = tuple(_row(*row, min_density, none_found) for row in rows)
-    return LayerReport(layer, rows, afterwards=record.afterwards)
+    return LayerReport(layer, rows, afterwards=record.afterwards, continued=record.continued)
 
 
 def _row(head: int, sinks: list[int], image_tokens: int, min_density: float, none_found: str) -> RowReport:

@@ -14,20 +14,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eah import decode
+from eah.arguments import (
+    FLASH,
+    HANDLED,
+    as_under_autocast,
+    lend,
+    mask_is_known,
+    rules_of,
+    what_arrived,
+    what_arrived_later,
+)
 from eah.image_tokens import CACHED, PREFILL, Prefill
-from eah.models import PLAIN_CAUSAL_DECODERS, attention_namespace
+from eah.models import attention_namespace
 from eah.parallel import head_block, lend_across, of_all_heads, of_own_heads
 from eah.report import Record
-from eah_kernels import eah_attention, receiving_heads, select_head, sink_statistics
+from eah_kernels import (
+    eah_attention,
+    seeing_rows,
+    select_head,
+    shared_map_attention,
+    sink_statistics,
+)
 
 NAME = "eah"
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-HANDLED = ("sdpa", "eager", *FLASH, "flex_attention")  # base implementations whose masks are understood here
 
 NO_IMAGE_MASK = "no image mask reached the layer: the forward did not go through the enabled model's base model"
 DROPOUT = "attention dropout is active"
 SOME_HEADS = "the layer computes only some of its heads here, and its weights do not say which (tensor parallel)"
 MASK_PER_HEAD = "each head has a mask of its own, and the heads are spread over processes (tensor parallel)"
+SPREAD = "the heads are spread over processes (tensor parallel), whose column sums are not gathered at every step"
 UNALIGNED = "the layer has other keys than the tokens of this forward"
 MASK_FORM = "the attention mask is of a form that is not known for this attention implementation"
 UNSUPPORTED_ARGUMENTS = {
@@ -50,6 +66,7 @@ class Settings(NamedTuple):
     min_density: float
     backend: str
     broadcast_to: int | str
+    decode: str  # of decode.MODES
     tested: bool  # the model is of a known family
 
 
@@ -83,8 +100,12 @@ class SwappedLayer:
         config._attn_implementation_internal = NAME  # the public setter would also change the config's sub-configs
         self.module.config = config
         self.module.eah_layer = self
+        if self.settings.decode != "off":
+            self.removal = self.module.register_forward_pre_hook(decode.give_cache, with_kwargs=True)
 
     def detach(self) -> None:
+        if self.settings.decode != "off":
+            self.removal.remove()
         self.module.config = self.config
         del self.module.eah_layer
 
@@ -106,17 +127,6 @@ class ModuleView:
         return getattr(self.module, name)
 
 
-class Call(NamedTuple):
-    """The arguments of `eah_kernels.eah_attention` for one forward of one layer."""
-
-    key: Tensor
-    value: Tensor
-    image_mask: Tensor
-    attention_mask: Tensor | None
-    causal: bool
-    sliding_window: int | None = None
-
-
 def register() -> None:
     """Makes the name known to transformers; without effect the second time."""
     from transformers import AttentionInterface
@@ -134,6 +144,7 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     if layer is None:
         raise RuntimeError('the attention implementation "eah" is set by eah.enable(model), not by name')
     prefill = kwargs.pop(PREFILL, None) or Prefill(stand_aside=NO_IMAGE_MASK)
+    held = decode.cache_layer(kwargs.pop(decode.CACHE, None), layer.index)
     implementation = layer.config._attn_implementation
     namespace = attention_namespace(type(module))
     functions = namespace["ALL_ATTENTION_FUNCTIONS"]
@@ -141,63 +152,119 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     if base is functions["flash_attention_2"]:  # flash kernels from the hub go by their repository's name
         implementation = "flash_attention_2"
     view = ModuleView(layer)
-    if query.shape[2] <= 1:  # a decoding step
-        return base(view, query, key, value, attention_mask, **kwargs)
+    arguments = query, key, value, attention_mask
+    if query.shape[2] <= 1 or prefill.stand_aside == CACHED:  # a decoding step, or several tokens on a cache
+        return _later(layer, held, base, view, implementation, *arguments, prefill, kwargs)
 
     reason = why_not(layer, implementation, query, key, attention_mask, prefill, kwargs)
     if reason is not None:
         _stand_aside(layer, reason)
-        return base(view, query, key, value, attention_mask, **kwargs)
+        decode.carry(held, None, reason)
+        return base(view, *arguments, **kwargs)
 
-    call = what_arrived(layer, implementation, query, key, value, attention_mask, prefill, kwargs)
-    knobs = {
-        "threshold": layer.settings.threshold,
-        "attention_mask": call.attention_mask,
-        "causal": call.causal,
-        "sliding_window": call.sliding_window,
-        "scale": kwargs.get("scaling"),
-        "softcap": kwargs.get("softcap"),
-        "backend": layer.settings.backend,
-    }
-    min_density = layer.settings.min_density
-    q, k, v = _as_under_autocast(query, call.key, call.value)
+    call = what_arrived(layer, implementation, *arguments, prefill, kwargs)
+    rules, threshold, min_density = rules_of(layer, call, kwargs), layer.settings.threshold, layer.settings.min_density
+    q, k, v = as_under_autocast(query, call.key, call.value)
     block = head_block(module) if _spread(layer, query) else None
-    wants_base = _requires_grad(query, key, value, attention_mask) or _wants_maps(layer.config, implementation, kwargs)
-    if block is None and not wants_base:
-        choice = dict(min_density=min_density, broadcast_to=layer.settings.broadcast_to)
-        result = eah_attention(q, k, v, call.image_mask, **choice, **knobs)
-        layer.remember(Record(result.head, result.sink_counts, call.image_mask, by_embedding=prefill.by_embedding))
-        return result.output.transpose(1, 2), None
-
-    # For gradients, for the maps, and with the chosen head in another process, the base implementation runs on its
-    # query and key.
-    with torch.no_grad():
-        counts = sink_statistics(q, k, call.image_mask, **knobs).sink_counts
-        counts = counts if block is None else of_all_heads(block, counts)
-        head = select_head(counts, call.image_mask, min_density)
-    layer.remember(Record(head, counts, call.image_mask, by_embedding=prefill.by_embedding))
-    if block is None:
-        lent = lend(head, query, key, value, attention_mask)
+    if block is not None and layer.settings.decode == "track":
+        held = None
+    fused = block is None and not _needs_base(layer, implementation, *arguments, kwargs)
+    tracks = layer.settings.decode == "track" and held is not None
+    if fused and not tracks:
+        knobs = {"threshold": threshold, "min_density": min_density, "broadcast_to": layer.settings.broadcast_to}
+        output, head, counts = eah_attention(q, k, v, call.image_mask, **knobs, **rules)
     else:
-        lent = *lend_across(block, head, query, key), value, attention_mask
+        with torch.no_grad():
+            options = {"threshold": threshold, "return_column_mean": tracks}
+            counts, _, mean = sink_statistics(q, k, call.image_mask, **options, **rules)
+            counts = counts if block is None else of_all_heads(block, counts)
+            head = select_head(counts, call.image_mask, min_density)
+    receives = None if fused and held is None else decode.receivers(counts, head, layer.settings)
+    if tracks:
+        seeing = seeing_rows(q, k, call.attention_mask, causal=call.causal, sliding_window=call.sliding_window)
+        decode.carry(held, decode.Carried(head.clone(), receives, call.image_mask, mean * seeing, seeing))
+    elif held is not None:
+        decode.carry(held, decode.Carried(head, receives))
+    layer.remember(Record(head, counts, call.image_mask, by_embedding=prefill.by_embedding))
+    if not fused:
+        return _lent(base, view, arguments, kwargs, head, receives, block)
+    if tracks:
+        output = shared_map_attention(q, k, v, head, receives=receives, **rules)
+    return output.transpose(1, 2), None
+
+
+def _later(layer, held, base, view, implementation, query, key, value, attention_mask, prefill: Prefill, kwargs):
+    """A forward on a cache: with the head that the sequence carries, or ordinary attention and the reason."""
+    mode, q_len = layer.settings.decode, query.shape[2]
+    arguments = query, key, value, attention_mask
+    if mode == "off":
+        if q_len > 1:
+            _stand_aside(layer, CACHED, afterwards=True)
+        return base(view, *arguments, **kwargs)
+    block = head_block(layer.module) if _spread(layer, query) else None
+    needs_base = block is not None or _needs_base(layer, implementation, *arguments, kwargs)
+    if mode == "track" and _spread(layer, query):
+        reason = SPREAD
+    elif getattr(held, "carried", None) is None:
+        reason = decode.why_none(held)
+    else:
+        reason = why_not(layer, implementation, query, key, attention_mask, None, kwargs)
+        by_flag = implementation in FLASH
+        reason = reason or decode.why_not(held, mode, query, key, attention_mask, by_flag, needs_base)
+    if reason is not None:
+        _stand_aside(layer, reason, afterwards=True)
+        decode.carry(held, None, reason)
+        return base(view, *arguments, **kwargs)
+
+    call = what_arrived_later(layer, implementation, *arguments, kwargs)
+    rules = rules_of(layer, call, kwargs)
+    q, k, v = as_under_autocast(query, call.key, call.value)
+    if mode == "hold":
+        if q_len > 1 and layer.record is not None:
+            layer.remember(layer.record._replace(continued=decode.HELD), instead_of_last=True)
+        steps = [held.carried]
+    else:
+        with torch.no_grad():
+            bias = decode.bias_of(call.attention_mask, call.causal, call.sliding_window, q_len, k)
+            steps = decode.track(held, q, k, bias, prefill.image_mask, layer.settings, rules)
+    if needs_base:
+        return _lent(base, view, arguments, kwargs, steps[0].head, steps[0].receives, block)
+    if len(steps) == 1:
+        output = shared_map_attention(q, k, v, steps[0].head, receives=steps[0].receives, **rules)
+        return output.transpose(1, 2), None
+    rows = []
+    for row, step in enumerate(steps):
+        own = slice(row, row + 1)
+        alone = rules | {"attention_mask": bias[:, :, own], "causal": False, "sliding_window": None}
+        rows.append(shared_map_attention(q[:, :, own], k, v, step.head, receives=step.receives, **alone))
+    return torch.cat(rows, 2).transpose(1, 2), None
+
+
+def _lent(base, view, arguments, kwargs, head: Tensor, receives: Tensor | None, block=None):
+    """The base implementation, on the chosen head's query and key; on each head's own where it does not receive.
+
+    For gradients, for the maps, and with the chosen head in another process (block).
+    """
+    query, key, value, attention_mask = arguments
+    lent = lend(head, *arguments) if block is None else (*lend_across(block, head, query, key), value, attention_mask)
     output, maps = base(view, *lent, **kwargs)
-    if layer.settings.broadcast_to == "all":
+    if receives is None:
         return output, maps
-    receives = receiving_heads(counts, head, layer.settings.broadcast_to)
-    receives = (receives if block is None else of_own_heads(block, receives))[:, :, None, None]
-    own_output, own_maps = base(view, query, key, value, attention_mask, **kwargs)
+    receives = receives if block is None else of_own_heads(block, receives)
+    own_output, own_maps = base(view, *arguments, **kwargs)
+    receives = receives[:, :, None, None]
     output = torch.where(receives.transpose(1, 2), output, own_output)
     return output, maps if maps is None else torch.where(receives, maps, own_maps)
 
 
-def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill, kwargs) -> str | None:
-    """The reason to leave this forward to the layer's own implementation, or None."""
+def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill | None, kwargs) -> str | None:
+    """The reason to leave this forward to the layer's own implementation, or None. prefill: None on a cache."""
     for name, reason in UNSUPPORTED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             return reason
     if implementation not in HANDLED:
         return f"the attention implementation {implementation!r} is not handled; handled are {', '.join(HANDLED)}"
-    if prefill.stand_aside is not None:
+    if prefill is not None and prefill.stand_aside is not None:
         return prefill.stand_aside
     if kwargs.get("dropout"):
         return DROPOUT
@@ -208,10 +275,11 @@ def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill,
             return SOME_HEADS
         if attention_mask is not None and len(attention_mask.shape) == 4 and attention_mask.shape[1] > 1:
             return MASK_PER_HEAD
-    aligned = kv_len == q_len or (kv_len > q_len and prefill.has_cache)
-    if not aligned or tuple(prefill.image_mask.shape) != (batch, q_len):
-        return UNALIGNED
-    return None if _mask_is_known(implementation, attention_mask, batch, heads, q_len, kv_len) else MASK_FORM
+    if prefill is not None:
+        aligned = kv_len == q_len or (kv_len > q_len and prefill.has_cache)
+        if not aligned or tuple(prefill.image_mask.shape) != (batch, q_len):
+            return UNALIGNED
+    return None if mask_is_known(implementation, attention_mask, batch, heads, q_len, kv_len) else MASK_FORM
 
 
 def _spread(layer, query) -> bool:
@@ -219,98 +287,21 @@ def _spread(layer, query) -> bool:
     return query.shape[1] != getattr(layer.config, "num_attention_heads", query.shape[1])
 
 
-def _mask_is_known(implementation, mask, batch, heads, q_len, kv_len) -> bool:
-    if mask is None:
-        return True
-    shape = tuple(mask.shape)
-    if implementation in FLASH:  # padding only
-        return isinstance(mask, Tensor) and len(shape) == 2 and shape[0] == batch and q_len <= shape[1] <= kv_len
-    fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (q_len, kv_len)
-    if not isinstance(mask, Tensor):  # a BlockMask
-        return implementation == "flex_attention" and fits
-    return fits and (mask.dtype == torch.bool or mask.is_floating_point())
-
-
-def what_arrived(layer, implementation, query, key, value, attention_mask, prefill: Prefill, kwargs) -> Call:
-    """The layer's arguments as `eah_attention` takes them.
-
-    Keys beyond S belong to a static cache that was empty: unwritten, and cut off. A mask that arrives holds everything
-    that the model hides, causality and sliding window included. Where it can only be causality and padding, the
-    (B, S) padding mask says the same. Only flash attention is told of padding, causality and window one by one.
-    """
-    q_len = query.shape[2]
-    key, value = key[:, :, :q_len], value[:, :, :q_len]
-    image_mask = prefill.image_mask.to(query.device)
-    is_causal = kwargs.get("is_causal")
-    is_causal = bool(getattr(layer.module, "is_causal", True) if is_causal is None else is_causal)
-    if implementation in FLASH:
-        padding = None if attention_mask is None else attention_mask[:, :q_len].bool()
-        return Call(key, value, image_mask, padding, is_causal, kwargs.get("sliding_window"))
-    if attention_mask is None:  # sdpa is then causal by its flag; eager and flex see everything
-        return Call(key, value, image_mask, None, implementation == "sdpa" and is_causal)
-    if layer.settings.tested and _plain_causal(layer.config, kwargs) and not prefill.own_mask:
-        padding = prefill.padding_mask
-        if padding is None or tuple(padding.shape) == tuple(image_mask.shape):
-            return Call(key, value, image_mask, None if padding is None else padding.to(query.device), True)
-    if not isinstance(attention_mask, Tensor):
-        attention_mask = _dense(attention_mask, query.device)
-    return Call(key, value, image_mask, attention_mask[..., :q_len], False)
-
-
-def lend(head: Tensor, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None):
-    """Query, key, value and mask with which ordinary attention gives every head the chosen head's map.
-
-    head (B,), -1 = the row keeps its own. Differentiable in query and key.
-    """
-    source = head.clamp(min=0).long()
-    row = torch.arange(len(head), device=head.device)
-    own = (head < 0)[:, None, None, None]
-    group = query.shape[1] // key.shape[1]
-    query = torch.where(own, query, query[row, source][:, None])
-    key = torch.where(own, key, key[row, source // group][:, None])
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.shape[1] > 1:
-        attention_mask = attention_mask.expand(len(head), -1, -1, -1)
-        attention_mask = torch.where(own, attention_mask, attention_mask[row, source][:, None])
-    return query, key, value, attention_mask
-
-
-def _dense(block_mask, device) -> Tensor:
-    """(B, H, Sq, Skv) bool from a flex_attention BlockMask."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    batch, heads, q_len, kv_len = block_mask.shape
-    return create_mask(block_mask.mask_mod, batch, heads, q_len, kv_len, device)
-
-
-def _stand_aside(layer: SwappedLayer, reason: str) -> None:
+def _stand_aside(layer: SwappedLayer, reason: str, afterwards: bool = False) -> None:
     last = layer.record
-    if reason == CACHED and last is not None:  # the prefill before stays on record
-        layer.remember(last._replace(afterwards=reason), instead_of_last=True)
-    else:
+    if not afterwards or last is None:
         layer.remember(Record(stood_aside=reason))
+    elif last.afterwards != reason and (last.stood_aside is None or reason == CACHED):  # the prefill stays on record
+        layer.remember(last._replace(afterwards=reason), instead_of_last=True)
 
 
-def _plain_causal(config, kwargs) -> bool:
-    return (
-        config.model_type in PLAIN_CAUSAL_DECODERS
-        and kwargs.get("sliding_window") is None
-        and getattr(config, "is_causal", True)
-    )
+def _needs_base(layer, implementation, query, key, value, attention_mask, kwargs) -> bool:
+    """Gradients and attention maps come from the base implementation, run on the chosen head's query and key.
 
-
-def _requires_grad(*arguments) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-
-
-def _wants_maps(config, implementation, kwargs) -> bool:
-    """transformers skips a layer that returns None for its maps: the maps of the next would be taken for this one's."""
-    wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    transformers skips a layer that returns None for its maps: the maps of the next would be taken for this one's.
+    """
+    arguments = query, key, value, attention_mask
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return True
+    wanted = kwargs.get("output_attentions", getattr(layer.config, "output_attentions", False))
     return implementation == "eager" and bool(wanted)
-
-
-def _as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """RoPE leaves query and key wider than value under autocast; scaled_dot_product_attention casts them so too."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
