@@ -1,0 +1,488 @@
+// EAH at prefill in one launch, for prompts that plain launches would cost more than their arithmetic.
+//
+// What is computed is spec'd by eah_kernels/reference.py: per query head the softmax map of causal attention with a key
+// mask; per image column its mean over the rows that count, its own row left out; per head the columns above the
+// threshold; per batch row the head with the most; and the output of that head's map, or of each head's own.
+//
+//   1. row_statistics: per 64 rows of a head, two walks over the keys. The first takes the row log-sum-exps, which stay
+//      in registers; the second sums the normalised map over the 64 rows, for tiles that hold image columns.
+//      -- grid barrier --
+//   2. count_sinks: adds the sums of a column in the order of the row blocks, and counts with integers.
+//      -- grid barrier --
+//   3. choose_heads: every block, for itself, from the counts.
+//   4. attend: FlashAttention's online softmax per 64 rows, with the chosen head's query and key for each KV head's
+//      values, written once per query head of the group.
+//
+// A warp owns 16 rows; tiles are 64 keys. Products are mma.sync on 16-bit operands accumulated in float32, statistics are
+// float32, and no sum depends on the number of blocks or on their order.
+
+#include "tiles.cuh"
+
+namespace eah::cuda {
+namespace {
+
+constexpr int ROWS = 16 * WARPS;
+constexpr int KEYS = 64;
+constexpr int MAX_TILES = MAX_PREFILL / KEYS;
+
+static_assert(ROWS == KEYS, "tile t's rows are tile t's keys: the diagonal is in tile t of row block t");
+
+template <typename T, int D>
+struct Shared {
+  T query[ROWS * D];  // afterwards each warp's part stages its output
+  T tiles[2][KEYS * D];
+  uint32_t seen[2 * MAX_TILES];  // bit j: key j exists and the mask shows it. Row j counts then: it sees its own key
+  uint32_t image[2 * MAX_TILES];
+  float sums[WARPS][KEYS];
+  int heads[MAX_BATCH];
+};
+
+// A thread's place in the fragments of mma.m16n8k16: of an accumulator c, c[0..1] are row `row`, c[2..3] row `row` + 8
+// of the warp's 16, columns `column` and `column` + 1 of each 8.
+struct Lane {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = 2 * (lane % 4);
+};
+
+// Where 8 elements (16 bytes) of a tile's row lie: exclusive-or keeps 8 rows of one chunk on different banks.
+template <int D>
+__device__ int place(int row, int chunk) {
+  return row * D + (chunk ^ (row % 8)) * 8;
+}
+
+// The bits of tile `tile`.
+__device__ uint64_t bits(const uint32_t* words, int tile) {
+  return words[2 * tile] | static_cast<uint64_t>(words[2 * tile + 1]) << 32;
+}
+
+// Reads batch row b's flags. The block is synchronised before and after.
+template <typename T, int D>
+__device__ void read_flags(Shared<T, D>& shared, const Prefill& p, int b) {
+  const Lane at;
+  __syncthreads();
+  for (int word = at.warp; word < 2 * MAX_TILES; word += WARPS) {
+    const int j = 32 * word + at.lane;
+    const unsigned seen = __ballot_sync(EVERY_LANE, j < p.length && flag(p.mask, b, j));
+    const unsigned image = __ballot_sync(EVERY_LANE, j < p.length && flag(p.image, b, j));
+    if (at.lane == 0) {
+      shared.seen[word] = seen;
+      shared.image[word] = image;
+    }
+  }
+  __syncthreads();
+}
+
+// Starts the copy of rows 64 * tile and on, zeros for those whose bit in `wanted` is not set.
+template <typename T, int D>
+__device__ void load_tile(T* to, const Operand& x, int b, int h, int tile, uint64_t wanted) {
+  constexpr int CHUNKS = D / 8;
+  const T* from = row_of<T>(x, b, h, static_cast<int64_t>(tile) * KEYS);
+  for (int i = threadIdx.x; i < KEYS * CHUNKS; i += THREADS) {
+    const int row = i / CHUNKS, chunk = i % CHUNKS;
+    const bool valid = wanted >> row & 1;
+    copy_async(to + place<D>(row, chunk), valid ? from + row * x.strides[2] + chunk * 8 : from, valid);
+  }
+}
+
+// The rows of tile `tile` that exist.
+__device__ uint64_t existing(const Prefill& p, int tile) {
+  const int rows = p.length - tile * ROWS;
+  return rows >= ROWS ? ~0ull : (1ull << rows) - 1;
+}
+
+// A warp's 16 rows of the query tile as left operands.
+template <typename T, int D>
+__device__ void read_query(uint32_t (&q)[D / 16][4], const T* tile) {
+  const Lane at;
+  for (int k = 0; k < D / 16; ++k) {
+    load_matrices(q[k], tile + place<D>(16 * at.warp + at.lane % 16, 2 * k + at.lane / 16));
+  }
+}
+
+// s (16 x 64) = scale * q k^T.
+template <typename T, int D>
+__device__ void score(float (&s)[KEYS / 8][4], const uint32_t (&q)[D / 16][4], const T* keys, float scale) {
+  const Lane at;
+  for (int n = 0; n < KEYS / 8; n += 2) {
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] = s[n + 1][i] = 0;
+    }
+    for (int k = 0; k < D / 16; ++k) {
+      uint32_t b[4];
+      const int row = 8 * n + at.lane % 8 + at.lane / 16 * 8;
+      load_matrices(b, keys + place<D>(row, 2 * k + at.lane / 8 % 2));
+      multiply_add<T>(s[n], q[k], b[0], b[1]);
+      multiply_add<T>(s[n + 1], q[k], b[2], b[3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] *= scale;
+      s[n + 1][i] *= scale;
+    }
+  }
+}
+
+// -inf where a row does not see a key: `seen` by key, `rows` by row (both of 64); on the diagonal tile also where the key
+// comes later, and with `strict` where it is the row's own.
+__device__ void hide(float (&s)[KEYS / 8][4], uint64_t seen, uint64_t rows, bool diagonal, bool strict) {
+  const Lane at;
+  for (int half = 0; half < 2; ++half) {
+    const int row = 16 * at.warp + at.row + 8 * half;
+    uint64_t shown = rows >> row & 1 ? seen : 0;
+    if (diagonal) {
+      shown &= strict ? (1ull << row) - 1 : ~0ull >> (KEYS - 1 - row);
+    }
+    shown >>= at.column;
+    for (int n = 0; n < KEYS / 8; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        s[n][2 * half + i] = shown >> (8 * n + i) & 1 ? s[n][2 * half + i] : -infinity();
+      }
+    }
+  }
+}
+
+// Sums the 16 values of each of the 8 lanes with the same lane % 4. Lane l keeps two of the sums, values first and
+// first + 1, first = kept_values(l).
+__device__ int kept_values(int lane) {
+  return (lane & 16 ? 8 : 0) + (lane & 8 ? 4 : 0) + (lane & 4 ? 2 : 0);
+}
+
+__device__ float2 sum_over_rows(float (&v)[16], int lane) {
+  for (int width = 8, bit = 16; width >= 2; width /= 2, bit /= 2) {
+    const bool upper = lane & bit;
+    for (int i = 0; i < width; ++i) {
+      const float kept = upper ? v[i + width] : v[i], sent = upper ? v[i] : v[i + width];
+      v[i] = kept + __shfl_xor_sync(EVERY_LANE, sent, bit);
+    }
+  }
+  return {v[0], v[1]};
+}
+
+// Where the sums of 64 rows of a head begin, one float per key, padded to whole tiles.
+__device__ float* row_block_sums(const Prefill& p, int b, int h, int block) {
+  const int64_t blocks = (p.length + ROWS - 1) / ROWS;
+  return p.scratch + ((static_cast<int64_t>(b) * p.heads + h) * blocks + block) * blocks * KEYS;
+}
+
+// A tile that row_statistics looks at: first each for the log-sum-exps, then those with image columns for their sums.
+struct Visit {
+  int tile;  // -1: none is left
+  bool sums;
+
+  __device__ Visit next(int last_tile, uint32_t image_tiles) const {
+    if (!sums && tile < last_tile) {
+      return {tile + 1, false};
+    }
+    return {__ffs(sums ? image_tiles >> tile >> 1 << tile << 1 : image_tiles) - 1, true};
+  }
+};
+
+template <typename T, int D>
+__device__ void row_statistics(Shared<T, D>& shared, const Prefill& p, int b, int h, int block) {
+  const Lane at;
+  uint32_t image_tiles = 0;
+  for (int tile = 0; tile <= block; ++tile) {
+    image_tiles |= (bits(shared.image, tile) != 0) << tile;
+  }
+  if (image_tiles == 0) {
+    return;
+  }
+  const uint64_t rows = bits(shared.seen, block);
+  const int kv_head = h / (p.heads / p.kv_heads);
+  const float scale = p.scale * LOG2E;
+  float* const sums = row_block_sums(p, b, h, block);
+
+  load_tile<T, D>(shared.query, p.query, b, h, block, existing(p, block));
+  load_tile<T, D>(shared.tiles[0], p.key, b, kv_head, 0, bits(shared.seen, 0));
+  uint32_t q[D / 16][4];
+  LogSum log_sum[2] = {{-infinity(), 0}, {-infinity(), 0}};  // of this thread's columns, rows `row` and `row` + 8
+  float log_sum_exp[2] = {0, 0};
+  int buffer = 0;
+  for (Visit now = {0, false}, then; now.tile >= 0; now = then, buffer ^= 1) {
+    then = now.next(block, image_tiles);
+    wait_for_copies();
+    __syncthreads();  // this tile is there, and the other buffer is no longer read
+    if (then.tile >= 0) {
+      load_tile<T, D>(shared.tiles[buffer ^ 1], p.key, b, kv_head, then.tile, bits(shared.seen, then.tile));
+    }
+    if (now.tile == 0 && !now.sums) {
+      read_query<T, D>(q, shared.query);
+    }
+    float s[KEYS / 8][4];
+    score<T, D>(s, q, shared.tiles[buffer], scale);
+    const uint64_t seen = bits(shared.seen, now.tile);
+    if (now.tile == block || (seen & rows) != ~0ull) {
+      hide(s, seen, rows, now.tile == block, now.sums);
+    }
+
+    if (!now.sums) {
+      for (int half = 0; half < 2; ++half) {
+        LogSum here = {-infinity(), 0};
+        for (int n = 0; n < KEYS / 8; ++n) {
+          here.max = fmaxf(here.max, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        }
+        here.max = fmaxf(here.max, log_sum[half].max);
+        const float base = here.base();
+        for (int n = 0; n < KEYS / 8; ++n) {
+          here.sum += exp2_approximate(s[n][2 * half] - base) + exp2_approximate(s[n][2 * half + 1] - base);
+        }
+        here.sum += log_sum[half].sum * exp2_approximate(log_sum[half].max - base);
+        log_sum[half] = here;
+      }
+      if (then.sums) {
+        for (int half = 0; half < 2; ++half) {
+          for (int bit = 1; bit < 4; bit *= 2) {
+            LogSum other = log_sum[half];
+            other.max = __shfl_xor_sync(EVERY_LANE, other.max, bit);
+            other.sum = __shfl_xor_sync(EVERY_LANE, other.sum, bit);
+            log_sum[half].merge(other);
+          }
+          // A row that sees nothing does not count either: its scores are hidden, and any finite number will do.
+          log_sum_exp[half] = log_sum[half].sum == 0 ? 0 : log_sum[half].max + log2f(log_sum[half].sum);
+        }
+      }
+      continue;
+    }
+
+    float columns[16];  // columns 8 n + column + i of the tile
+    for (int n = 0; n < KEYS / 8; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        columns[2 * n + i] =
+            exp2_approximate(s[n][i] - log_sum_exp[0]) + exp2_approximate(s[n][2 + i] - log_sum_exp[1]);
+      }
+    }
+    const float2 pair = sum_over_rows(columns, at.lane);
+    const int first = 8 * (kept_values(at.lane) / 2) + at.column;
+    shared.sums[at.warp][first] = pair.x;
+    shared.sums[at.warp][first + 1] = pair.y;
+    __syncthreads();
+    if (threadIdx.x < KEYS) {
+      float sum = 0;
+      for (int warp = 0; warp < WARPS; ++warp) {
+        sum += shared.sums[warp][threadIdx.x];
+      }
+      sums[now.tile * KEYS + threadIdx.x] = sum;
+    }
+  }
+}
+
+// The sinks among 128 columns, one a thread, added to the head's count.
+template <typename T, int D>
+__device__ void count_sinks(const Shared<T, D>& shared, const Prefill& p, int b, int h, int first) {
+  const int column = first + threadIdx.x, tile = column / KEYS, tiles = (p.length + KEYS - 1) / KEYS;
+  bool sink = false;
+  if (column < p.length && (bits(shared.image, tile) & bits(shared.seen, tile)) >> (column % KEYS) & 1) {
+    int rows = __popcll(bits(shared.seen, tile) >> (column % KEYS) >> 1);
+    float sum = 0;
+    for (int block = tile; block < tiles; ++block) {
+      rows += block > tile ? __popcll(bits(shared.seen, block)) : 0;
+      sum += row_block_sums(p, b, h, block)[column];
+    }
+    sink = rows > 0 && sum / static_cast<float>(rows) > p.threshold;
+  }
+  const int sinks = __popc(__ballot_sync(EVERY_LANE, sink));
+  if (threadIdx.x % 32 == 0 && sinks > 0) {
+    atomicAdd(p.counts + b * p.heads + h, sinks);
+  }
+}
+
+// Into shared.heads, for each batch row: the head with the most sinks, the lowest on a tie; -1 without a sink, or below
+// min_density of the row's image tokens.
+template <typename T, int D>
+__device__ void choose_heads(Shared<T, D>& shared, const Prefill& p) {
+  const Lane at;
+  for (int b = at.warp; b < p.batch; b += WARPS) {
+    int most = 0, chosen = -1, tokens = 0;
+    for (int h = at.lane; h < p.heads; h += 32) {
+      const int count = p.counts[b * p.heads + h];
+      if (count > most) {
+        most = count;
+        chosen = h;
+      }
+    }
+    for (int j = at.lane; j < p.length; j += 32) {
+      tokens += flag(p.image, b, j);
+    }
+    for (int bit = 1; bit < 32; bit *= 2) {
+      const int other_most = __shfl_xor_sync(EVERY_LANE, most, bit);
+      const int other = __shfl_xor_sync(EVERY_LANE, chosen, bit);
+      tokens += __shfl_xor_sync(EVERY_LANE, tokens, bit);
+      if (other_most > most || (other_most == most && other_most > 0 && other < chosen)) {
+        most = other_most;
+        chosen = other;
+      }
+    }
+    if (chosen >= 0 && static_cast<float>(most) / static_cast<float>(tokens) < p.min_density) {
+      chosen = -1;
+    }
+    if (at.lane == 0) {
+      shared.heads[b] = chosen;
+      if (blockIdx.x == 0) {
+        p.head[b] = chosen;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// 64 rows of the map of query head `map` times the values of `kv_head`, written for `copies` heads from `to` on.
+template <typename T, int D>
+__device__ void attend(
+    Shared<T, D>& shared, const Prefill& p, int b, int map, int kv_head, int to, int copies, int block) {
+  const Lane at;
+  T *const keys = shared.tiles[0], *const values = shared.tiles[1];
+  const int map_kv_head = map / (p.heads / p.kv_heads);
+  const float scale = p.scale * LOG2E;
+  load_tile<T, D>(shared.query, p.query, b, map, block, existing(p, block));
+  load_tile<T, D>(keys, p.key, b, map_kv_head, 0, bits(shared.seen, 0));
+  uint32_t q[D / 16][4];
+  float out[D / 8][4] = {};
+  LogSum log_sum[2] = {{-infinity(), 0}, {-infinity(), 0}};  // max of the row, sum of this thread's columns
+  for (int tile = 0; tile <= block; ++tile) {
+    const uint64_t seen = bits(shared.seen, tile);
+    wait_for_copies();
+    __syncthreads();  // the keys are there, and the values of the tile before are no longer read
+    load_tile<T, D>(values, p.value, b, kv_head, tile, seen);
+    if (tile == 0) {
+      read_query<T, D>(q, shared.query);
+    }
+    float s[KEYS / 8][4];
+    score<T, D>(s, q, keys, scale);
+    if (tile == block || seen != ~0ull) {
+      hide(s, seen, ~0ull, tile == block, false);
+    }
+    for (int half = 0; half < 2; ++half) {
+      float max = log_sum[half].max;
+      for (int n = 0; n < KEYS / 8; ++n) {
+        max = fmaxf(max, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+      }
+      max = fmaxf(max, __shfl_xor_sync(EVERY_LANE, max, 1));
+      max = fmaxf(max, __shfl_xor_sync(EVERY_LANE, max, 2));
+      const LogSum before = log_sum[half];
+      log_sum[half].max = max;
+      const float base = log_sum[half].base(), shrink = exp2_approximate(before.max - base);
+      log_sum[half].sum = before.sum * shrink;
+      for (int n = 0; n < KEYS / 8; ++n) {
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[n][i] = exp2_approximate(s[n][i] - base);
+          log_sum[half].sum += s[n][i];
+        }
+      }
+      for (int n = 0; n < D / 8; ++n) {
+        out[n][2 * half] *= shrink;
+        out[n][2 * half + 1] *= shrink;
+      }
+    }
+    wait_for_copies();
+    __syncthreads();  // the values are there, and the keys are no longer read
+    if (tile < block) {
+      load_tile<T, D>(keys, p.key, b, map_kv_head, tile + 1, bits(shared.seen, tile + 1));
+    }
+    for (int k = 0; k < KEYS / 16; ++k) {
+      const uint32_t a[4] = {
+          pack<T>(s[2 * k][0], s[2 * k][1]), pack<T>(s[2 * k][2], s[2 * k][3]),
+          pack<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
+      for (int n = 0; n < D / 8; n += 2) {
+        uint32_t v[4];
+        load_matrices_transposed(v, values + place<D>(16 * k + at.lane % 16, n + at.lane / 16));
+        multiply_add<T>(out[n], a, v[0], v[1]);
+        multiply_add<T>(out[n + 1], a, v[2], v[3]);
+      }
+    }
+  }
+
+  // Through shared memory, where a warp touches its own rows alone, to 16-byte stores.
+  uint32_t* const staged = reinterpret_cast<uint32_t*>(shared.query);
+  for (int half = 0; half < 2; ++half) {
+    float sum = log_sum[half].sum;
+    sum += __shfl_xor_sync(EVERY_LANE, sum, 1);
+    sum += __shfl_xor_sync(EVERY_LANE, sum, 2);
+    const float inverse = sum == 0 ? 0 : 1 / sum;  // a row that sees no key is 0
+    const int row = 16 * at.warp + at.row + 8 * half;
+    for (int n = 0; n < D / 8; ++n) {
+      staged[(place<D>(row, n) + at.column) / 2] =
+          pack<T>(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse);
+    }
+  }
+  __syncwarp();
+  constexpr int CHUNKS = D / 8;
+  for (int i = at.lane; i < 16 * CHUNKS; i += 32) {
+    const int row = 16 * at.warp + i / CHUNKS, chunk = i % CHUNKS;
+    if (block * ROWS + row < p.length) {
+      const uint4 eight = *reinterpret_cast<const uint4*>(shared.query + place<D>(row, chunk));
+      for (int copy = 0; copy < copies; ++copy) {
+        T* const into = row_of<T>(p.output, b, to + copy, block * ROWS + row);
+        *reinterpret_cast<uint4*>(into + 8 * chunk) = eight;
+      }
+    }
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(const Prefill p) {
+  Shared<T, D>& shared = shared_memory<Shared<T, D>>();
+  const int blocks = (p.length + ROWS - 1) / ROWS, group = p.heads / p.kv_heads;
+
+  for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.batch * p.heads; i += gridDim.x * THREADS) {
+    p.counts[i] = 0;
+  }
+  // Items of all phases in the order of falling cost: the last row block first.
+  const int64_t row_blocks = static_cast<int64_t>(blocks) * p.batch * p.heads;
+  for (int64_t round = 0; round * gridDim.x < row_blocks; ++round) {
+    const int64_t item = item_of(round);
+    if (item < row_blocks) {
+      const int row = static_cast<int>(item % (p.batch * p.heads));
+      read_flags(shared, p, row / p.heads);
+      row_statistics(shared, p, row / p.heads, row % p.heads, blocks - 1 - static_cast<int>(item / (p.batch * p.heads)));
+    }
+  }
+  grid_barrier();
+
+  const int parts = (p.length + THREADS - 1) / THREADS;
+  for (int64_t item = blockIdx.x; item < static_cast<int64_t>(parts) * p.batch * p.heads; item += gridDim.x) {
+    const int row = static_cast<int>(item / parts);
+    read_flags(shared, p, row / p.heads);
+    count_sinks(shared, p, row / p.heads, row % p.heads, static_cast<int>(item % parts) * THREADS);
+  }
+  grid_barrier();
+
+  choose_heads(shared, p);
+  const Maps maps = {shared.heads, p.batch, p.kv_heads, p.heads};
+  const int64_t a_block = maps.total(), outputs = a_block * blocks;
+  for (int64_t round = 0; round * gridDim.x < outputs; ++round) {
+    const int64_t item = item_of(round);
+    if (item < outputs) {
+      int index = static_cast<int>(item % a_block);
+      const int b = maps.row(index), chosen = shared.heads[b], block = blocks - 1 - static_cast<int>(item / a_block);
+      read_flags(shared, p, b);
+      if (chosen >= 0) {
+        attend(shared, p, b, chosen, index, index * group, group, block);
+      } else {
+        attend(shared, p, b, index, index / group, index, 1, block);
+      }
+    }
+  }
+}
+
+template <typename T>
+const char* launch(const Prefill& p, void* stream) {
+  const int64_t items = static_cast<int64_t>((p.length + ROWS - 1) / ROWS) * p.batch * p.heads;
+  if (p.dim == 64) {
+    return launch_cooperative(prefill_kernel<T, 64>, items, THREADS, sizeof(Shared<T, 64>), p, stream);
+  }
+  return launch_cooperative(prefill_kernel<T, 128>, items, THREADS, sizeof(Shared<T, 128>), p, stream);
+}
+
+}  // namespace
+
+int64_t prefill_scratch(int batch, int heads, int length) {
+  const int64_t blocks = (length + ROWS - 1) / ROWS;
+  return batch * heads * blocks * blocks * KEYS;
+}
+
+const char* prefill(const Prefill& p, void* stream) {
+  if (p.length < 1 || p.length > MAX_PREFILL || p.batch < 1 || p.batch > MAX_BATCH || (p.dim != 64 && p.dim != 128)) {
+    return "the problem is outside of what the kernel takes";
+  }
+  return p.dtype == Dtype::Half ? launch<Half>(p, stream) : launch<BFloat16>(p, stream);
+}
+
+}  // namespace eah::cuda
