@@ -416,6 +416,13 @@ __device__ void attend(
   }
 }
 
+// Item `round` of a block: the first round in the order of the blocks, the next backwards, and so on, so that of items
+// in the order of falling cost every block gets a like share. May lie beyond the last item.
+__device__ int64_t item_of(int64_t round) {
+  const int64_t blocks = gridDim.x, block = blockIdx.x;
+  return round * blocks + (round % 2 ? blocks - 1 - block : block);
+}
+
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(const Prefill p) {
   Shared<T, D>& shared = shared_memory<Shared<T, D>>();
@@ -453,11 +460,8 @@ __global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(cons
       int index = static_cast<int>(item % a_block);
       const int b = maps.row(index), chosen = shared.heads[b], block = blocks - 1 - static_cast<int>(item / a_block);
       read_flags(shared, p, b);
-      if (chosen >= 0) {
-        attend(shared, p, b, chosen, index, index * group, group, block);
-      } else {
-        attend(shared, p, b, index, index / group, index, 1, block);
-      }
+      const int copies = chosen >= 0 ? group : 1;
+      attend(shared, p, b, chosen >= 0 ? chosen : index, chosen >= 0 ? index : index / group, index * copies, copies, block);
     }
   }
 }

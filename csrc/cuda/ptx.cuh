@@ -49,6 +49,14 @@ __device__ uint32_t pack(float low, float high) {
   return pair;
 }
 
+__device__ inline void store(float* to, float x) {
+  *to = x;
+}
+template <typename T>
+__device__ void store(T* to, float x) {
+  to->bits = static_cast<uint16_t>(pack<T>(x, 0));
+}
+
 __device__ inline float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -26,13 +26,6 @@ __device__ bool flag(const Flags& flags, int64_t b, int64_t j) {
   return flags.data == nullptr || flags.data[b * flags.strides[0] + j * flags.strides[1]];
 }
 
-// Item `round` of a block: the first round in the order of the blocks, the next backwards, and so on, so that of items
-// in the order of falling cost every block gets a like share. May lie beyond the last item.
-__device__ int64_t item_of(int64_t round) {
-  const int64_t blocks = gridDim.x, block = blockIdx.x;
-  return round * blocks + (round % 2 ? blocks - 1 - block : block);
-}
-
 // The maps of a batch: a row with a chosen head has `shared` outputs to compute, another one `own`. heads[b] >= 0: chosen.
 struct Maps {
   const int* heads;

@@ -1,0 +1,129 @@
+// The module eah_kernels._cuda: two ops for CUDA tensors of the current device and the scratch memory they want, in
+// floats. eah_kernels/native_cuda.py calls them after it has checked the tensors.
+//
+// Only torch's stable ABI and Python's limited API are used, so that one build serves every torch from 2.10 on.
+
+#include <Python.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cuda/attention.h"
+
+#ifndef EAH_DISPATCH_KEY
+#define EAH_DISPATCH_KEY CUDA  // the tests' build for the emulator takes CPU tensors
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+eah::cuda::Operand operand(const Tensor& x) {
+  return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}};
+}
+
+eah::cuda::Flags flags(const Tensor& x) {
+  return {static_cast<const bool*>(x.data_ptr()), {x.stride(0), x.stride(1)}};
+}
+
+eah::cuda::Dtype dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return eah::cuda::Dtype::Half;
+    case ScalarType::BFloat16: return eah::cuda::Dtype::BFloat16;
+    case ScalarType::Float: return eah::cuda::Dtype::Float;
+    default: STD_TORCH_CHECK(false, "query must be float16, bfloat16 or float32");
+  }
+}
+
+// What both problems begin with.
+template <typename Problem>
+Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+                const std::optional<Tensor>& mask, double scale) {
+  Problem p = {};
+  p.dtype = dtype(query);
+  p.batch = static_cast<int>(query.size(0));
+  p.heads = static_cast<int>(query.size(1));
+  p.kv_heads = static_cast<int>(key.size(1));
+  p.length = static_cast<int>(key.size(2));
+  p.dim = static_cast<int>(query.size(3));
+  p.query = operand(query);
+  p.key = operand(key);
+  p.value = operand(value);
+  p.output = operand(output);
+  p.mask = mask ? flags(*mask) : eah::cuda::Flags{};
+  p.scale = static_cast<float>(scale);
+  return p;
+}
+
+template <typename Problem>
+void launch(const char* (*kernel)(const Problem&, void*), const Problem& p, const Tensor& query) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(
+      aoti_torch_get_current_cuda_stream(query.get_device_index(), &stream) == 0, "torch has no current CUDA stream");
+  const char* error = kernel(p, stream);
+  STD_TORCH_CHECK(error == nullptr, "eah_kernels._cuda: ", error);
+}
+
+void prefill(
+    Tensor query, Tensor key, Tensor value, Tensor image_mask, std::optional<Tensor> mask, double scale,
+    double threshold, double min_density, Tensor output, Tensor head, Tensor sink_counts, Tensor scratch) {
+  auto p = problem<eah::cuda::Prefill>(query, key, value, output, mask, scale);
+  p.image = flags(image_mask);
+  p.threshold = static_cast<float>(threshold);
+  p.min_density = static_cast<float>(min_density);
+  p.head = static_cast<int32_t*>(head.data_ptr());
+  p.counts = static_cast<int32_t*>(sink_counts.data_ptr());
+  p.scratch = static_cast<float*>(scratch.data_ptr());
+  launch(eah::cuda::prefill, p, query);
+}
+
+void decode(
+    Tensor query, Tensor key, Tensor value, Tensor head, std::optional<Tensor> mask, double scale, Tensor output,
+    Tensor scratch) {
+  auto p = problem<eah::cuda::Decode>(query, key, value, output, mask, scale);
+  p.head = static_cast<const int32_t*>(head.data_ptr());
+  p.scratch = static_cast<float*>(scratch.data_ptr());
+  launch(eah::cuda::decode, p, query);
+}
+
+int64_t prefill_scratch(int64_t batch, int64_t heads, int64_t length) {
+  return eah::cuda::prefill_scratch(static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(length));
+}
+
+int64_t decode_scratch(int64_t batch, int64_t heads, int64_t kv_heads, int64_t length, int64_t dim) {
+  return eah::cuda::decode_scratch(
+      static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(length),
+      static_cast<int>(dim));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(eah_kernels_cuda, library) {
+  library.def(
+      "prefill(Tensor query, Tensor key, Tensor value, Tensor image_mask, Tensor? mask, float scale, float threshold, "
+      "float min_density, Tensor(a!) output, Tensor(b!) head, Tensor(c!) sink_counts, Tensor(d!) scratch) -> ()");
+  library.def(
+      "decode(Tensor query, Tensor key, Tensor value, Tensor head, Tensor? mask, float scale, Tensor(a!) output, "
+      "Tensor(b!) scratch) -> ()");
+  library.def("prefill_scratch(int batch, int heads, int length) -> int");
+  library.def("decode_scratch(int batch, int heads, int kv_heads, int length, int dim) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eah_kernels_cuda, CompositeExplicitAutograd, library) {
+  library.impl("prefill_scratch", TORCH_BOX(&prefill_scratch));
+  library.impl("decode_scratch", TORCH_BOX(&decode_scratch));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eah_kernels_cuda, EAH_DISPATCH_KEY, library) {
+  library.impl("prefill", TORCH_BOX(&prefill));
+  library.impl("decode", TORCH_BOX(&decode));
+}
+
+PyMODINIT_FUNC PyInit__cuda(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

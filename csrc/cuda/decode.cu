@@ -1,0 +1,263 @@
+// One query row with the map of a chosen head (decode="hold"), in one launch at the speed of memory.
+//
+// out_h = P_c V_h with P_c the softmax map of the chosen head c; where no head is chosen, P_h V_h. By eah_kernels/
+// reference.py, shared_map_attention. The keys are split among blocks (split-KV):
+//
+//   1. attend_split: a block takes one map, one span of keys and up to four KV heads' values. Its warps score 128 keys
+//      together, then each reads values, 16 bytes a lane: of one KV head each, or of one head a part of the keys. The
+//      span's maximum, its sum of exponentials and its unnormalised output go to scratch, in float32.
+//      -- grid barrier --
+//   2. combine: adds a map's spans in their order.
+//
+// With a chosen head one key head is read, and every value once. Spans depend on the shape alone: neither the device nor
+// the number of blocks changes a bit.
+
+#include "tiles.cuh"
+
+namespace eah::cuda {
+namespace {
+
+constexpr int KEYS = 128;
+constexpr int ITEMS = 1024;  // spans are as long as leaves about so many, a few for each multiprocessor
+
+struct Shared {
+  float scores[2][KEYS];
+  float outputs[WARPS][128];
+  int heads[MAX_BATCH];
+};
+
+// How the work is cut. A unit is `values` KV heads with a chosen head, one query head without.
+struct Plan {
+  int values, spans, span;
+
+  explicit Plan(const Decode& p) : Plan(p.batch, p.kv_heads, p.length) {}
+  Plan(int batch, int kv_heads, int length) {
+    values = kv_heads % 4 == 0 ? 4 : kv_heads % 2 == 0 ? 2 : 1;
+    const int tiles = (length + KEYS - 1) / KEYS, units = batch * (kv_heads / values);
+    const int wanted = units < ITEMS ? (ITEMS + units - 1) / units : 1;
+    const int tiles_a_span = wanted < tiles ? (tiles + wanted - 1) / wanted : 1;
+    span = tiles_a_span * KEYS;
+    spans = (tiles + tiles_a_span - 1) / tiles_a_span;
+  }
+};
+
+struct Arguments {
+  Decode problem;
+  Plan plan;
+};
+
+// The results of the spans of output `slot` of row b (a KV head with a chosen head, else a query head): D floats each,
+// and after all of those their maximum and sum.
+__device__ float* span_output(const Decode& p, const Plan& plan, int b, int slot, int span) {
+  return p.scratch + ((static_cast<int64_t>(b) * p.heads + slot) * plan.spans + span) * p.dim;
+}
+__device__ LogSum* span_sum(const Decode& p, const Plan& plan, int b, int slot, int span) {
+  const int64_t rows = static_cast<int64_t>(p.heads) * plan.spans;
+  LogSum* const all = reinterpret_cast<LogSum*>(p.scratch + p.batch * rows * p.dim);
+  return all + b * rows + static_cast<int64_t>(slot) * plan.spans + span;
+}
+
+// 16 bytes as floats.
+template <typename T>
+struct Piece {
+  static constexpr int SIZE = 16 / sizeof(T);
+  float of[SIZE];
+
+  __device__ Piece() : of{} {}
+  __device__ explicit Piece(const T* from) {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+    for (int i = 0; i < SIZE; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        of[i] = __uint_as_float(word[i]);
+      } else {
+        of[i] = to_float(T{static_cast<uint16_t>(word[i / 2] >> 16 * (i % 2))});
+      }
+    }
+  }
+};
+
+// The map of query head `map` over one span times the values of KV heads value_head, ..., value_head + values - 1; their
+// results go to slots `slot` and on.
+template <typename T, int D>
+__device__ void attend_split(
+    Shared& shared, const Decode& p, const Plan& plan, int b, int map, int value_head, int values, int slot, int span) {
+  constexpr int LANES = D / Piece<T>::SIZE;  // of a warp, that share a row
+  constexpr int TOGETHER = 32 / LANES;       // rows of a warp
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = lane % LANES * Piece<T>::SIZE;
+  const int part = warp / values, parts = WARPS / values;
+  const int key_head = map / (p.heads / p.kv_heads), own_value = value_head + warp % values;
+  const Piece<T> q(row_of<T>(p.query, b, map, 0) + dim);
+  const T* const keys = row_of<T>(p.key, b, key_head, 0) + dim;
+  const T* const v = row_of<T>(p.value, b, own_value, 0) + dim;
+  const float scale = p.scale * LOG2E;
+  Piece<T> out;
+  LogSum log_sum = {-infinity(), 0};  // of the span so far, the same in every lane
+  const int end = min(p.length, (span + 1) * plan.span);
+
+  for (int first = span * plan.span; first < end; first += KEYS) {
+    float* const scores = shared.scores[first / KEYS % 2];  // two: some warps may still read the tile before
+#pragma unroll 4
+    for (int i = warp; i < KEYS / TOGETHER; i += WARPS) {
+      const int place = i * TOGETHER + lane / LANES, j = first + place;
+      const bool seen = j < end && flag(p.mask, b, j);
+      const Piece<T> k = seen ? Piece<T>(keys + j * p.key.strides[2]) : Piece<T>();
+      float s = 0;
+      for (int d = 0; d < Piece<T>::SIZE; ++d) {
+        s += q.of[d] * k.of[d];
+      }
+      for (int bit = 1; bit < LANES; bit *= 2) {
+        s += __shfl_xor_sync(EVERY_LANE, s, bit);
+      }
+      if (lane % LANES == 0) {
+        scores[place] = seen ? s * scale : -infinity();
+      }
+    }
+    __syncthreads();
+
+    float weight[KEYS / 32];  // of keys lane, lane + 32, ...
+    LogSum here = {log_sum.max, 0};
+    for (int i = 0; i < KEYS / 32; ++i) {
+      weight[i] = scores[32 * i + lane];
+      here.max = fmaxf(here.max, weight[i]);
+    }
+    for (int bit = 1; bit < 32; bit *= 2) {
+      here.max = fmaxf(here.max, __shfl_xor_sync(EVERY_LANE, here.max, bit));
+    }
+    const float base = here.base(), shrink = exp2_approximate(log_sum.max - base);
+    for (int i = 0; i < KEYS / 32; ++i) {
+      weight[i] = exp2_approximate(weight[i] - base);
+      here.sum += weight[i];
+    }
+    for (int bit = 1; bit < 32; bit *= 2) {
+      here.sum += __shfl_xor_sync(EVERY_LANE, here.sum, bit);
+    }
+    log_sum = {here.max, log_sum.sum * shrink + here.sum};
+    for (int d = 0; d < Piece<T>::SIZE; ++d) {
+      out.of[d] *= shrink;
+    }
+
+#pragma unroll
+    for (int i = 0; i < KEYS / 32; ++i) {
+      if (i % parts != part) {
+        continue;
+      }
+#pragma unroll 8
+      for (int row = 0; row < 32; row += TOGETHER) {
+        const int from = row + lane / LANES;
+        const float w = __shfl_sync(EVERY_LANE, weight[i], from);
+        // A hidden key weighs 0: what it holds, NaN included, is not read.
+        const Piece<T> value = w == 0 ? Piece<T>() : Piece<T>(v + (first + 32 * i + from) * p.value.strides[2]);
+        for (int d = 0; d < Piece<T>::SIZE; ++d) {
+          out.of[d] += w * value.of[d];
+        }
+      }
+    }
+  }
+
+  for (int d = 0; d < Piece<T>::SIZE; ++d) {
+    for (int bit = LANES; bit < 32; bit *= 2) {
+      out.of[d] += __shfl_xor_sync(EVERY_LANE, out.of[d], bit);
+    }
+    if (lane < LANES) {
+      shared.outputs[warp][dim + d] = out.of[d];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < values * D; i += THREADS) {
+    const int value = i / D, d = i % D;
+    float sum = 0;
+    for (int part = 0; part < parts; ++part) {
+      sum += shared.outputs[part * values + value][d];
+    }
+    span_output(p, plan, b, slot + value, span)[d] = sum;
+  }
+  if (threadIdx.x < values) {
+    *span_sum(p, plan, b, slot + threadIdx.x, span) = log_sum;
+  }
+  __syncthreads();
+}
+
+// One element of the output of a slot, written for `copies` heads from `to` on.
+template <typename T, int D>
+__device__ void combine(const Decode& p, const Plan& plan, int b, int slot, int to, int copies) {
+  const int d = threadIdx.x;
+  if (d >= D) {
+    return;
+  }
+  LogSum all = {-infinity(), 0};
+  for (int span = 0; span < plan.spans; ++span) {
+    all.max = fmaxf(all.max, span_sum(p, plan, b, slot, span)->max);
+  }
+  float out = 0;
+  for (int span = 0; span < plan.spans; ++span) {
+    const LogSum* const part = span_sum(p, plan, b, slot, span);
+    const float share = exp2_approximate(part->max - all.base());
+    all.sum += part->sum * share;
+    out += span_output(p, plan, b, slot, span)[d] * share;
+  }
+  out = all.sum == 0 ? 0 : out / all.sum;
+  for (int copy = 0; copy < copies; ++copy) {
+    store(row_of<T>(p.output, b, to + copy, 0) + d, out);
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 5) decode_kernel(const Arguments arguments) {
+  Shared& shared = shared_memory<Shared>();
+  const Decode& p = arguments.problem;
+  const Plan& plan = arguments.plan;
+  const int group = p.heads / p.kv_heads;
+  for (int b = threadIdx.x; b < p.batch; b += THREADS) {
+    shared.heads[b] = p.head[b];
+  }
+  __syncthreads();
+
+  const Maps units = {shared.heads, p.batch, p.kv_heads / plan.values, p.heads};
+  const int64_t items = static_cast<int64_t>(units.total()) * plan.spans;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int span = static_cast<int>(item % plan.spans);
+    int unit = static_cast<int>(item / plan.spans);
+    const int b = units.row(unit), chosen = shared.heads[b], values = chosen >= 0 ? plan.values : 1;
+    const int map = chosen >= 0 ? chosen : unit, slot = unit * values;
+    attend_split<T, D>(shared, p, plan, b, map, chosen >= 0 ? slot : unit / group, values, slot, span);
+  }
+  grid_barrier();
+
+  const Maps slots = {shared.heads, p.batch, p.kv_heads, p.heads};
+  const int outputs = slots.total();
+  for (int item = blockIdx.x; item < outputs; item += gridDim.x) {
+    int slot = item;
+    const int b = slots.row(slot), copies = shared.heads[b] >= 0 ? group : 1;
+    combine<T, D>(p, plan, b, slot, slot * copies, copies);
+  }
+}
+
+template <typename T>
+const char* launch(const Decode& p, void* stream) {
+  const Arguments arguments = {p, Plan(p)};
+  const int64_t most = static_cast<int64_t>(p.batch) * p.heads * arguments.plan.spans;
+  if (p.dim == 64) {
+    return launch_cooperative(decode_kernel<T, 64>, most, THREADS, sizeof(Shared), arguments, stream);
+  }
+  return launch_cooperative(decode_kernel<T, 128>, most, THREADS, sizeof(Shared), arguments, stream);
+}
+
+}  // namespace
+
+int64_t decode_scratch(int batch, int heads, int kv_heads, int length, int dim) {
+  return static_cast<int64_t>(batch) * heads * Plan(batch, kv_heads, length).spans * (dim + 2);
+}
+
+const char* decode(const Decode& p, void* stream) {
+  if (p.length < 1 || p.batch < 1 || p.batch > MAX_BATCH || (p.dim != 64 && p.dim != 128)) {
+    return "the problem is outside of what the kernel takes";
+  }
+  switch (p.dtype) {
+    case Dtype::Half: return launch<Half>(p, stream);
+    case Dtype::BFloat16: return launch<BFloat16>(p, stream);
+    default: return launch<float>(p, stream);
+  }
+}
+
+}  // namespace eah::cuda

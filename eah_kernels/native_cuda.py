@@ -1,0 +1,96 @@
+"""backend="native" on a CUDA device: the kernels of csrc/cuda/, and what they take.
+
+`eah_attention` is one launch for prompts of up to 1024 tokens, `shared_map_attention` one for a decoding step (one query
+row). Built for sm_80 and up; proved by an emulation on the CPU (tests/test_cuda_emulated.py), not yet measured.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from eah_kernels.masks import Scoring
+from eah_kernels.ops import empty_output
+
+MAX_TOKENS = 1024  # csrc/cuda/attention.h, MAX_PREFILL
+MAX_BATCH = 128  # the same file
+HEAD_DIMS = (64, 128)
+HALF = (torch.float16, torch.bfloat16)
+
+
+@cache
+def why_not() -> str | None:
+    """Why eah_kernels._cuda cannot be used, or None: its ops are then registered."""
+    try:
+        import_module("eah_kernels._cuda")
+    except ModuleNotFoundError:
+        return (
+            "the extension eah_kernels._cuda is not built; pip install --no-build-isolation builds it where nvcc and a "
+            "torch with CUDA are"
+        )
+    except ImportError as error:
+        return f"the extension eah_kernels._cuda does not load: {error}"
+    return None
+
+
+def eah_attention(query, key, value, image_mask, threshold, min_density, scoring: Scoring):
+    q_len, kv_len = query.shape[2], key.shape[2]
+    _require(query.dtype in HALF, "query's dtype", query.dtype, "float16 and bfloat16")
+    _require(scoring.causal, "causal", scoring.causal, "True")
+    _require(q_len == kv_len, "key's length", kv_len, f"query's length, {q_len}")
+    _require(q_len <= MAX_TOKENS, "query's length", q_len, f"1..{MAX_TOKENS}")
+    _check(query, key, value, scoring)
+    output = empty_output(query, value)
+    sink_counts = query.new_empty(query.shape[:2], dtype=torch.int32)
+    head = query.new_empty(query.shape[0], dtype=torch.int32)
+    ops = torch.ops.eah_kernels_cuda
+    scratch = query.new_empty(ops.prefill_scratch(*query.shape[:3]), dtype=torch.float32)
+    knobs = scoring.attention_mask, scoring.scale, threshold, min_density
+    with torch.cuda.device_of(query):
+        ops.prefill(query, key, value, image_mask, *knobs, output, head, sink_counts, scratch)
+    return output, head, sink_counts
+
+
+def sink_statistics(*_):
+    raise ValueError(
+        'backend="native" cannot be used: on a CUDA device it has no statistics of their own; accepted are '
+        "eah_attention, and shared_map_attention with one query row"
+    )
+
+
+def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
+    _require(query.shape[2] == 1, "query's length", query.shape[2], "1, a decoding step")
+    _check(query, key, value, scoring)
+    output = empty_output(query, value)
+    ops = torch.ops.eah_kernels_cuda
+    sizes = *query.shape[:2], *key.shape[1:3], query.shape[-1]
+    scratch = query.new_empty(ops.decode_scratch(*sizes), dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        ops.decode(query, key, value, head.contiguous(), scoring.attention_mask, scoring.scale, output, scratch)
+    return output
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> None:
+    mask = scoring.attention_mask
+    form = "None" if mask is None else f"{mask.dim()}-D {mask.dtype}"
+    _require(mask is None or mask.dim() == 2, "attention_mask", form, "None and (B, Skv) torch.bool")
+    _require(scoring.sliding_window is None, "sliding_window", scoring.sliding_window, "None")
+    _require(scoring.softcap is None, "softcap", scoring.softcap, "None")
+    _require(query.shape[0] <= MAX_BATCH, "query's batch", query.shape[0], f"1..{MAX_BATCH}")
+    dims = query.shape[-1], value.shape[-1]
+    _require(dims[0] == dims[1] in HEAD_DIMS, "the head dims of key and value", dims, "64 and 64, 128 and 128")
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        steps = [n * tensor.element_size() for n, size in zip(tensor.stride()[:3], tensor.shape, strict=False) if size > 1]
+        _require(tensor.stride(3) == 1, f"{name}'s last stride", tensor.stride(3), "1")
+        aligned = tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
+        _require(aligned, f"{name}'s rows", "elsewhere", "rows on 16-byte boundaries")
+
+
+def _require(fits: bool, name: str, got, accepted: str) -> None:
+    if not fits:
+        raise ValueError(
+            f'backend="native" cannot be used: its CUDA kernels do not take this; {name}: got {got}, accepted: {accepted}'
+        )
