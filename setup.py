@@ -1,13 +1,16 @@
 """Two packages from two folders and, where it can be built, the native extension; the metadata is in pyproject.toml.
 
-The extension needs a C++ compiler and torch in the environment that builds (`pip install --no-build-isolation .`).
-Without them everything else is installed. EAH_BUILD=none leaves it out; EAH_BUILD=cpu fails, saying why, when it cannot
+The extension has two parts: eah_kernels._C for the CPU needs a C++ compiler and torch in the environment that builds
+(`pip install --no-build-isolation .`), eah_kernels._cuda also nvcc and a torch with CUDA. Without them everything else
+is installed. EAH_BUILD=none leaves both out; EAH_BUILD=cpu or cuda (both parts) fails, saying why, when a part cannot
 be built.
 """
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,24 +24,34 @@ CAPABILITIES = {
     "AVX2": AVX2,
     "AVX512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
+CUDA_SOURCES = ["csrc/cuda/prefill.cu", "csrc/cuda/decode.cu"]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of torch 2.10
 
 
 def native_extension() -> dict:
-    """What `setup` needs to build eah_kernels._C, or nothing."""
+    """What `setup` needs to build eah_kernels._C and eah_kernels._cuda, or nothing."""
     wanted = os.environ.get("EAH_BUILD")
-    if wanted not in (None, "none", "cpu"):
-        sys.exit(f"EAH_BUILD must be none or cpu, or not set, got {wanted!r}")
-    missing = why_not_built()
-    if wanted == "cpu" and missing:
-        sys.exit(f"EAH_BUILD=cpu: eah_kernels._C cannot be built: {missing}")
-    if wanted == "none" or missing:
-        print(f"eah_kernels._C is not built: {missing or 'EAH_BUILD=none'}", file=sys.stderr)
+    if wanted not in (None, "none", "cpu", "cuda"):
+        sys.exit(f"EAH_BUILD must be none, cpu or cuda, or not set, got {wanted!r}")
+    parts = []
+    for part, name, make in (("cpu", "_C", cpu_extension), ("cuda", "_cuda", cuda_extension)):
+        missing = why_not_cpu() or (part == "cuda" and why_not_cuda()) or None
+        forced = wanted == "cuda" or wanted == part
+        if forced and missing:
+            sys.exit(f"EAH_BUILD={wanted}: eah_kernels.{name} cannot be built: {missing}")
+        if missing or wanted == "none" or (wanted == "cpu" and part == "cuda"):
+            print(f"eah_kernels.{name} is not built: {missing or f'EAH_BUILD={wanted}'}", file=sys.stderr)
+            continue
+        extension = make()
+        extension.optional = not forced
+        parts.append(extension)
+    if not parts:
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         def build_extension(self, extension: Extension) -> None:
-            """Compiles the kernels once per CPU capability; attention.h says how one is chosen."""
+            """Compiles the CPU kernels once per CPU capability; attention.h says how one is chosen."""
             x86 = platform.machine().lower() in ("x86_64", "amd64")
 
             def compile_for(capability: str) -> list[str]:
@@ -50,12 +63,20 @@ def native_extension() -> dict:
                     extra_postargs=[*extension.extra_compile_args, *CAPABILITIES[capability]],
                 )
 
-            with ThreadPoolExecutor(2) as pool:
-                for objects in pool.map(compile_for, CAPABILITIES if x86 else ["DEFAULT"]):
-                    extension.extra_objects += objects
+            if extension.name == "eah_kernels._C":
+                with ThreadPoolExecutor(2) as pool:
+                    for objects in pool.map(compile_for, CAPABILITIES if x86 else ["DEFAULT"]):
+                        extension.extra_objects += objects
             super().build_extension(extension)
 
-    extension = CppExtension(
+    return {"ext_modules": parts, "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
+
+
+def cpu_extension() -> Extension:
+    """For one minor version of torch: it uses ATen."""
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
         "eah_kernels._C",
         ["csrc/bindings.cpp"],
         extra_compile_args=FLAGS,
@@ -63,11 +84,29 @@ def native_extension() -> dict:
         py_limited_api=True,
         depends=[CPU_SOURCE, *(f"csrc/cpu/{name}.h" for name in ("attention", "rules", "tiles"))],
     )
-    extension.optional = wanted is None
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
 
 
-def why_not_built() -> str | None:
+def cuda_extension() -> Extension:
+    """For torch >= 2.10: its bindings use the stable ABI alone."""
+    from torch.utils.cpp_extension import CUDAExtension
+
+    targets = [80, 90, 100] if nvcc_release() >= (12, 8) else [80, 90]
+    code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in targets]
+    return CUDAExtension(
+        "eah_kernels._cuda",
+        ["csrc/bindings_cuda.cpp", *CUDA_SOURCES],
+        include_dirs=[os.path.abspath("csrc/cuda")],
+        extra_compile_args={
+            "cxx": ["-O2", "-fvisibility=hidden", STABLE_ABI],
+            "nvcc": ["-O3", "-std=c++17", *code, "-gencode=arch=compute_80,code=compute_80"],
+        },
+        extra_link_args=["-Wl,--strip-debug"],
+        py_limited_api=True,
+        depends=[f"csrc/cuda/{name}" for name in ("attention.h", "ptx.cuh", "tiles.cuh")],
+    )
+
+
+def why_not_cpu() -> str | None:
     if platform.system() != "Linux":
         return f"it is built on Linux only, and this is {platform.system()}"
     try:
@@ -78,6 +117,30 @@ def why_not_built() -> str | None:
     if shutil.which(compiler) is None:
         return f"no C++ compiler: {compiler} is not on the PATH"
     return None
+
+
+def why_not_cuda() -> str | None:
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    release = nvcc_release()
+    if release is None:
+        return "no CUDA compiler: nvcc is neither in CUDA_HOME/bin nor on the PATH"
+    if release[0] != int(torch.version.cuda.split(".")[0]):
+        return f"nvcc is of CUDA {release[0]}.{release[1]} and torch is built with CUDA {torch.version.cuda}"
+    return None
+
+
+def nvcc_release() -> tuple[int, int] | None:
+    """The version of the nvcc that torch would run, (13, 0) for one; None where there is none."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = shutil.which(os.path.join(CUDA_HOME, "bin", "nvcc")) if CUDA_HOME else None
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"release (\d+)\.(\d+)", said).groups()))
 
 
 setup(
