@@ -11,9 +11,12 @@
 
 #include "cuda/attention.h"
 
-#ifndef EAH_DISPATCH_KEY
-#define EAH_DISPATCH_KEY CUDA  // the tests' build for the emulator takes CPU tensors
+// The tests' build for the emulator has another name, and takes CPU tensors.
+#ifndef EAH_OPS
+#define EAH_OPS eah_kernels_cuda
+#define EAH_DISPATCH_KEY CUDA
 #endif
+#define EAH_LIBRARY(name, library) STABLE_TORCH_LIBRARY(name, library)
 
 namespace {
 
@@ -102,7 +105,7 @@ int64_t decode_scratch(int64_t batch, int64_t heads, int64_t kv_heads, int64_t l
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(eah_kernels_cuda, library) {
+EAH_LIBRARY(EAH_OPS, library) {
   library.def(
       "prefill(Tensor query, Tensor key, Tensor value, Tensor image_mask, Tensor? mask, float scale, float threshold, "
       "float min_density, Tensor(a!) output, Tensor(b!) head, Tensor(c!) sink_counts, Tensor(d!) scratch) -> ()");
@@ -113,12 +116,12 @@ STABLE_TORCH_LIBRARY(eah_kernels_cuda, library) {
   library.def("decode_scratch(int batch, int heads, int kv_heads, int length, int dim) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eah_kernels_cuda, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(EAH_OPS, CompositeExplicitAutograd, library) {
   library.impl("prefill_scratch", TORCH_BOX(&prefill_scratch));
   library.impl("decode_scratch", TORCH_BOX(&decode_scratch));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eah_kernels_cuda, EAH_DISPATCH_KEY, library) {
+STABLE_TORCH_LIBRARY_IMPL(EAH_OPS, EAH_DISPATCH_KEY, library) {
   library.impl("prefill", TORCH_BOX(&prefill));
   library.impl("decode", TORCH_BOX(&decode));
 }

@@ -10,11 +10,13 @@ from eah_kernels.api import (
     shared_map_attention,
     sink_statistics,
 )
+from eah_kernels.native import native_parts
 
 __all__ = [
     "EAHResult",
     "SinkStatistics",
     "eah_attention",
+    "native_parts",
     "receiving_heads",
     "seeing_rows",
     "select_head",

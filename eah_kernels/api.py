@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eah_kernels import native, ops, reference
+from eah_kernels import native, native_cuda, ops, reference
 from eah_kernels.masks import Scoring
 
 BACKENDS = ("auto", "reference", "torch", "triton", "native")
@@ -77,8 +77,8 @@ def eah_attention(
         sliding_window: hide the keys at own position - sliding_window and before; >= 1.
         softcap: c > 0 turns the scaled score s into c * tanh(s / c).
         backend: "auto" (see `choose_backend`), "reference" (eager, differentiable), "torch" (blocked, any device),
-            "triton" (CUDA or ROCm device, or TRITON_INTERPRET=1) or "native" (the C++ extension, CPU). A named backend
-            never falls back.
+            "triton" (CUDA or ROCm device, or TRITON_INTERPRET=1) or "native" (the C++ extension: CPU, and on CUDA
+            devices what native_cuda.py takes). A named backend never falls back.
 
     Returns:
         EAHResult. A row of `output` that sees no key is 0. A batch row without image token has head -1 and counts 0.
@@ -268,7 +268,8 @@ def choose_backend(backend: str, query: Tensor) -> str:
     """The backend that runs: the named one, or for "auto" the fastest there is for query's device and dtype.
 
     For float16, bfloat16 and float32 "auto" takes "triton" on a CUDA or ROCm device where Triton is installed and
-    "native" on the CPU where the extension is built; in every other case "torch". "reference" is never chosen for you.
+    "native" on the CPU where the extension is built; in every other case "torch". "reference" is never chosen for you,
+    nor is "native" on a CUDA device: no measurement shows it ahead yet.
 
     Raises:
         ValueError: an unknown name, or a named backend that cannot run on query; the message says why.
@@ -289,8 +290,10 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the native kernels cannot run on such tensors, or None."""
     if dtype == torch.float64:
         return "float64 has no native kernel; accepted are float16, bfloat16 and float32"
+    if device.type == "cuda":
+        return native_cuda.why_not()
     if device.type != "cpu":
-        return f"its kernels are for CPU tensors; the tensors are on {device}"
+        return f"its kernels are for CPU and CUDA tensors; the tensors are on {device}"
     return native.why_not()
 
 

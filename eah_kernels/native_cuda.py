@@ -19,11 +19,19 @@ MAX_TOKENS = 1024  # csrc/cuda/attention.h, MAX_PREFILL
 MAX_BATCH = 128  # the same file
 HEAD_DIMS = (64, 128)
 HALF = (torch.float16, torch.bfloat16)
+OPS = torch.ops.eah_kernels_cuda  # registered by eah_kernels._cuda; the tests put an emulation's here
+
+
+def why_not() -> str | None:
+    """Why eah_kernels._cuda cannot be used, or None: its ops are then registered."""
+    return _load()
+
+
+why_not._dynamo_marked_constant = True  # as in native.py
 
 
 @cache
-def why_not() -> str | None:
-    """Why eah_kernels._cuda cannot be used, or None: its ops are then registered."""
+def _load() -> str | None:
     try:
         import_module("eah_kernels._cuda")
     except ModuleNotFoundError:
@@ -46,15 +54,14 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     output = empty_output(query, value)
     sink_counts = query.new_empty(query.shape[:2], dtype=torch.int32)
     head = query.new_empty(query.shape[0], dtype=torch.int32)
-    ops = torch.ops.eah_kernels_cuda
-    scratch = query.new_empty(ops.prefill_scratch(*query.shape[:3]), dtype=torch.float32)
+    scratch = query.new_empty(OPS.prefill_scratch(*query.shape[:3]), dtype=torch.float32)
     knobs = scoring.attention_mask, scoring.scale, threshold, min_density
     with torch.cuda.device_of(query):
-        ops.prefill(query, key, value, image_mask, *knobs, output, head, sink_counts, scratch)
+        OPS.prefill(query, key, value, image_mask, *knobs, output, head, sink_counts, scratch)
     return output, head, sink_counts
 
 
-def sink_statistics(*_):
+def sink_statistics():
     raise ValueError(
         'backend="native" cannot be used: on a CUDA device it has no statistics of their own; accepted are '
         "eah_attention, and shared_map_attention with one query row"
@@ -65,11 +72,10 @@ def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     _require(query.shape[2] == 1, "query's length", query.shape[2], "1, a decoding step")
     _check(query, key, value, scoring)
     output = empty_output(query, value)
-    ops = torch.ops.eah_kernels_cuda
     sizes = *query.shape[:2], *key.shape[1:3], query.shape[-1]
-    scratch = query.new_empty(ops.decode_scratch(*sizes), dtype=torch.float32)
+    scratch = query.new_empty(OPS.decode_scratch(*sizes), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        ops.decode(query, key, value, head.contiguous(), scoring.attention_mask, scoring.scale, output, scratch)
+        OPS.decode(query, key, value, head.contiguous(), scoring.attention_mask, scoring.scale, output, scratch)
     return output
 
 

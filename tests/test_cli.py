@@ -113,3 +113,5 @@ def test_doctor():
     assert cpu["reference"] is None and cpu["torch"] is None and "TRITON_INTERPRET=1" in cpu["triton"]
     text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert "reference  works" in text and "triton     no:" in text
+    assert findings["native"]["cuda"] is None or "not built" in findings["native"]["cuda"]
+    assert ("  cuda       built, not yet measured" in text) == (findings["native"]["cuda"] is None)

@@ -14,7 +14,7 @@ from eah.decode import MODES
 from eah.demo import demo, print_demo
 from eah.generate import generate
 from eah.models import family_table
-from eah_kernels import __version__, eah_attention
+from eah_kernels import __version__, eah_attention, native_parts
 
 BACKENDS = ("reference", "torch", "native", "triton")
 
@@ -114,6 +114,10 @@ def _doctor(arguments) -> int:
         return 0
     for name, version in findings["versions"].items():
         print(f"{name:14} {version or 'not installed'}")
+    print("\nnative extension")
+    for part, problem in findings["native"].items():
+        built = "built, not yet measured" if part == "cuda" else "built"
+        print(f"  {part:10} {built if problem is None else 'no: ' + problem}")
     for device, backends in findings["backends"].items():
         print(f"\n{device}: {findings['devices'][device]}")
         for name, problem in backends.items():
@@ -122,7 +126,8 @@ def _doctor(arguments) -> int:
 
 
 def doctor() -> dict:
-    """Versions of what EAH uses (None = not installed); devices; per device why a backend does not work, or None."""
+    """Versions of what EAH uses (None = not installed); devices; why a part of the native extension, or a backend on a
+    device, does not work, or None."""
     versions = {"eah-kernels": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "transformers", "pillow", "matplotlib"):
         try:
@@ -135,18 +140,19 @@ def doctor() -> dict:
         properties = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     backends = {device: {name: _problem(name, device) for name in BACKENDS} for device in devices}
-    return {"versions": versions, "devices": devices, "backends": backends}
+    return {"versions": versions, "native": native_parts(), "devices": devices, "backends": backends}
 
 
 def _problem(backend: str, device: str) -> str | None:
     """Why a backend cannot run a small layer on a device, or None."""
-    x = torch.randn(1, 2, 20, 16, device=device)
+    half = backend == "native" and device != "cpu"  # the native CUDA kernels take no float32
+    x = torch.randn(1, 2, 20, 64, device=device, dtype=torch.float16 if half else torch.float32)
     image_mask = torch.ones(1, 20, dtype=torch.bool, device=device)
     try:
         result = eah_attention(x, x, x, image_mask, backend=backend)
         expected = eah_attention(x, x, x, image_mask, backend="reference")
     except Exception as error:
         return f"{error}"
-    if not torch.equal(result.head, expected.head) or (result.output - expected.output).abs().max() > 1e-3:
+    if not torch.equal(result.head, expected.head) or (result.output - expected.output).abs().max() > (1e-2 if half else 1e-3):
         return "it disagrees with the reference: please report this"
     return None
