@@ -10,7 +10,7 @@
 #include "ptx.cuh"
 
 #include <csetjmp>
-#include <cstdio>
+#include <deque>
 #include <memory>
 #include <string>
 #include <ucontext.h>
@@ -56,7 +56,7 @@ struct Grid {
   std::vector<Meeting> blocks;
   Meeting all;
   std::vector<std::vector<uint4>> shared;
-  std::vector<Fiber*> ready;
+  std::deque<Fiber*> ready;
   void (*body)(const void*);
   const void* arguments;
   int threads;
@@ -112,7 +112,7 @@ void resume() {
 
 // The back of `ready` is next.
 Fiber* next_fiber() {
-  std::vector<Fiber*>& ready = now->ready;
+  std::deque<Fiber*>& ready = now->ready;
   if (order >= 2) {
     std::swap(ready[random_number() % ready.size()], ready.back());
   }
@@ -123,7 +123,7 @@ Fiber* next_fiber() {
 
 // Makes the fibers runnable, in the order they are to run.
 void release(std::vector<Fiber*>& fibers) {
-  std::vector<Fiber*>& ready = now->ready;
+  std::deque<Fiber*>& ready = now->ready;
   if (order == 1) {
     ready.insert(ready.end(), fibers.begin(), fibers.end());
   } else {
