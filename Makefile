@@ -17,6 +17,7 @@ lint: $(INSTALLED)
 
 resources: $(INSTALLED)
 	TRITON_INTERPRET=0 $(VENV)/bin/python bench/resources.py $(if $(ALL),--all)
+	$(VENV)/bin/python bench/cuda_resources.py
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python bench/attention.py
@@ -40,7 +41,7 @@ clean:
 	rm -rf .venv build *.egg-info
 
 # The native extension is built with the torch that is installed, hence first torch and then, not isolated, the rest.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt torch "setuptools>=77"
 	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eah_kernels import eah_attention, shared_map_attention, sink_statistics
+from eah_kernels import eah_attention, native_parts, shared_map_attention, sink_statistics
 from eah_kernels.masks import Scoring
 from eah_kernels.reference import attention_maps
 from layers import Inputs, Layer, make_inputs
@@ -122,6 +122,8 @@ def contestants(device: str, layer: Layer) -> list[Contestant]:
             found.append(Contestant("flash-colreduce", "column sums", flash_colreduce))
     for backend in backends:
         found += ours(backend)
+    if device != "cpu" and native_parts()["cuda"] is None:
+        found.append(ours("native")[0])  # up to 1024 tokens; it has no parts
     return found
 
 

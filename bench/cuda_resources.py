@@ -1,7 +1,7 @@
 """Compile the native CUDA kernels with nvcc, without a GPU, and print what each costs; exits 1 when one spills.
 
-Columns: registers a thread, bytes spilled, bytes of local memory, shared memory of a block in KiB, and the blocks of 128
-threads that a multiprocessor holds at once by those two: a model, not a measurement.
+Columns: registers a thread, bytes spilled, bytes of local memory, shared memory of a block in KiB, and the blocks of
+128 threads that a multiprocessor holds at once by those two: a model, not a measurement.
 """
 
 from __future__ import annotations

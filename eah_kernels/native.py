@@ -1,4 +1,4 @@
-"""backend="native": the C++ kernels of csrc/cpu/ for CPU tensors, or why they cannot be used here; CUDA: native_cuda.py."""
+"""backend="native": the C++ kernels of csrc/ for CPU tensors, or why they cannot be used here. CUDA: native_cuda.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """backend="native" on a CUDA device: the kernels of csrc/cuda/, and what they take.
 
-`eah_attention` is one launch for prompts of up to 1024 tokens, `shared_map_attention` one for a decoding step (one query
-row). Built for sm_80 and up; proved by an emulation on the CPU (tests/test_cuda_emulated.py), not yet measured.
+`eah_attention` is one launch for prompts of up to 1024 tokens, `shared_map_attention` one for a decoding step (one
+query row). For sm_80 and up; checked by an emulation on the CPU (tests/test_cuda_emulated.py), not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
 def sink_statistics():
     raise ValueError(
         'backend="native" cannot be used: on a CUDA device it has no statistics of their own; accepted are '
-        "eah_attention, and shared_map_attention with one query row"
+        'eah_attention with broadcast_to="all", and shared_map_attention with one query row'
     )
 
 
@@ -89,14 +89,16 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> None:
     dims = query.shape[-1], value.shape[-1]
     _require(dims[0] == dims[1] in HEAD_DIMS, "the head dims of key and value", dims, "64 and 64, 128 and 128")
     for name, tensor in {"query": query, "key": key, "value": value}.items():
-        steps = [n * tensor.element_size() for n, size in zip(tensor.stride()[:3], tensor.shape, strict=False) if size > 1]
-        _require(tensor.stride(3) == 1, f"{name}'s last stride", tensor.stride(3), "1")
-        aligned = tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
-        _require(aligned, f"{name}'s rows", "elsewhere", "rows on 16-byte boundaries")
+        strides, size = tensor.stride(), tensor.element_size()
+        _require(strides[3] == 1, f"{name}'s last stride", strides[3], "1")
+        steps = [n * size for n, length in zip(strides[:3], tensor.shape[:3], strict=True) if length > 1]
+        past = [n % 16 for n in (tensor.data_ptr(), *steps)]
+        _require(not any(past), f"{name}'s address and strides modulo 16 bytes", past, "0: rows on 16-byte boundaries")
 
 
 def _require(fits: bool, name: str, got, accepted: str) -> None:
     if not fits:
         raise ValueError(
-            f'backend="native" cannot be used: its CUDA kernels do not take this; {name}: got {got}, accepted: {accepted}'
+            f'backend="native" cannot be used: its CUDA kernels do not take these inputs; {name}: got {got}, '
+            f"accepted: {accepted}"
         )

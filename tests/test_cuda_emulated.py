@@ -129,7 +129,8 @@ def test_prefill_of_a_whole_image(emulated):
 
 
 def test_no_sink(emulated):
-    _, head, counts = check_prefill(emulated, make(Case(q_len=113, heads=8, kv_heads=2), HALF[0]), threshold=1.0, grids=GRIDS[2:])
+    inputs = make(Case(q_len=113, heads=8, kv_heads=2), HALF[0])
+    _, head, counts = check_prefill(emulated, inputs, threshold=1.0, grids=GRIDS[2:])
     assert head.eq(-1).all() and counts.eq(0).all()
 
 
@@ -225,8 +226,8 @@ def half(*shape):
         (dict(query=torch.zeros(1, 2, 20, 64)), "query's dtype: got torch.float32, accepted: float16 and bfloat16"),
         (dict(query=half(1, 2, 1, 64)), "key's length: got 20, accepted: query's length, 1"),
         (dict(query=half(1, 2, 1025, 64), key=half(1, 2, 1025, 64)), "query's length: got 1025, accepted: 1..1024"),
-        (dict(value=half(1, 2, 20, 80)), "head dims of key and value: got \\(64, 80\\), accepted: 64 and 64, 128 and 128"),
-        (dict(key=half(1, 2, 20, 67)[..., :64]), "key's rows"),
+        (dict(value=half(1, 2, 20, 80)), "head dims of key and value: got .64, 80., accepted: 64 and 64, 128 and 128"),
+        (dict(key=half(1, 2, 20, 67)[..., :64]), "key's address and strides modulo 16 bytes: got .0, 8, 6."),
         (dict(key=half(1, 2, 64, 20).mT), "key's last stride: got 20, accepted: 1"),
         (dict(query=half(129, 2, 20, 64)), "query's batch: got 129, accepted: 1..128"),
         (dict(scoring=Scoring(causal=False)), "causal: got False"),

@@ -141,7 +141,14 @@ def test_a_build_for_another_torch_is_refused():
     ("build", "compiler", "error"),
     [
         ("none", None, None),
-        ("cuda", None, "EAH_BUILD must be none or cpu, or not set, got 'cuda'"),
+        ("gpu", None, "EAH_BUILD must be none, cpu or cuda, or not set, got 'gpu'"),
+        ("cuda", "no-such-compiler", "EAH_BUILD=cuda: eah_kernels._C cannot be built: no C++ compiler"),
+        pytest.param(
+            "cuda",
+            None,
+            f"EAH_BUILD=cuda: eah_kernels._cuda cannot be built: torch {torch.__version__} is built without CUDA",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA"),
+        ),
         ("cpu", "no-such-compiler", "EAH_BUILD=cpu: eah_kernels._C cannot be built: no C++ compiler"),
         (None, "no-such-compiler", None),
     ],

@@ -153,6 +153,7 @@ def _problem(backend: str, device: str) -> str | None:
         expected = eah_attention(x, x, x, image_mask, backend="reference")
     except Exception as error:
         return f"{error}"
-    if not torch.equal(result.head, expected.head) or (result.output - expected.output).abs().max() > (1e-2 if half else 1e-3):
+    tolerance = 1e-2 if half else 1e-3
+    if not torch.equal(result.head, expected.head) or (result.output - expected.output).abs().max() > tolerance:
         return "it disagrees with the reference: please report this"
     return None
