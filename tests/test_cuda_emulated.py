@@ -188,11 +188,12 @@ def test_decode(emulated, case, dtype):
         assert_close(out, ref, reference.shared_map_attention(*tensors, head, inputs.scoring, dtype))
 
 
-def test_decode_over_more_spans_than_blocks_and_longer_ones(emulated):
-    """128 batch rows of 3 KV heads: 384 units, so spans of several tiles; hidden keys hold NaN."""
-    inputs = make(Case(q_len=1, kv_len=513, heads=3, kv_heads=3, batch=128, mask="left"), HALF[0])
+@pytest.mark.parametrize(("heads", "kv_len"), [(3, 513), (4, 200), (2, 200)])
+def test_decode_with_so_much_work_that_it_is_cut_otherwise(emulated, heads, kv_len):
+    """128 batch rows: of 3 heads, spans of several tiles; of 4 and 2, blocks of as many values. Hidden keys hold NaN."""
+    inputs = make(Case(q_len=1, kv_len=kv_len, heads=heads, kv_heads=heads, batch=128, mask="left"), HALF[0])
     tensors = inputs.query, inputs.key, inputs.value
-    head = torch.arange(128, dtype=torch.int32) % 4 - 1
+    head = torch.arange(128, dtype=torch.int32) % (heads + 1) - 1
     ref = reference.shared_map_attention(*(t.double() for t in tensors), head, inputs.scoring, torch.float64)
     plain = reference.shared_map_attention(*tensors, head, inputs.scoring, HALF[0])
     inputs.key.masked_fill_(~inputs.attention_mask[:, None, :, None], torch.nan)

@@ -18,7 +18,8 @@ namespace eah::cuda {
 namespace {
 
 constexpr int KEYS = 128;
-constexpr int ITEMS = 1024;  // spans are as long as leaves about so many, a few for each multiprocessor
+constexpr int FEWEST = 256;  // items below which a block takes fewer values, at the price of scoring the keys again
+constexpr int MOST = 1024;   // items above which spans get longer
 
 struct Shared {
   float scores[2][KEYS];
@@ -32,9 +33,11 @@ struct Plan {
 
   explicit Plan(const Decode& p) : Plan(p.batch, p.kv_heads, p.length) {}
   Plan(int batch, int kv_heads, int length) {
-    values = kv_heads % 4 == 0 ? 4 : kv_heads % 2 == 0 ? 2 : 1;
-    const int tiles = (length + KEYS - 1) / KEYS, units = batch * (kv_heads / values);
-    const int wanted = units < ITEMS ? (ITEMS + units - 1) / units : 1;
+    const int tiles = (length + KEYS - 1) / KEYS;
+    const auto units = [&] { return batch * (kv_heads / values); };
+    for (values = WARPS; values > 1 && (kv_heads % values != 0 || units() * tiles < FEWEST); values /= 2) {
+    }
+    const int wanted = (MOST + units() - 1) / units();
     const int tiles_a_span = wanted < tiles ? (tiles + wanted - 1) / wanted : 1;
     span = tiles_a_span * KEYS;
     spans = (tiles + tiles_a_span - 1) / tiles_a_span;
@@ -175,7 +178,7 @@ __device__ void attend_split(
   if (threadIdx.x < values) {
     *span_sum(p, plan, b, slot + threadIdx.x, span) = log_sum;
   }
-  __syncthreads();
+  // The next item writes shared.outputs after its own scores, and so after everybody has read them here.
 }
 
 // One element of the output of a slot, written for `copies` heads from `to` on.
