@@ -1,4 +1,5 @@
-"""Compile the native CUDA kernels with nvcc, without a GPU, and print what each costs; exits 1 when one spills.
+"""Compile the native CUDA kernels with nvcc, without a GPU, and print what each costs; exits 1 when one spills or
+keeps anything else in local memory.
 
 Columns: registers a thread, bytes spilled, bytes of local memory, shared memory of a block in KiB, and the blocks of
 128 threads that a multiprocessor holds at once by those two: a model, not a measurement.
@@ -87,14 +88,14 @@ def main() -> int:
         if len(found) != (4 if kernel == "prefill" else 6):
             sys.exit(f"{kernel} for {target}: {len(found)} kernels found in what ptxas said")
         for cost in found:
-            spilling += cost.spill_bytes > 0
+            spilling += cost.local_bytes > 0
             size = shared[kernel][cost.dim]
             blocks = min(REGISTERS // (-(-cost.registers // 8) * 8 * THREADS), TARGETS[target] * 1024 // (size + 1024))
             print(
                 f"{target:7} {kernel:8} {cost.dtype:8} {cost.dim:4}  {cost.registers:9}  {cost.spill_bytes:7}  "
-                f"{cost.local_bytes:5}  {size / 1024:10.1f}  {blocks:14}  {'spills' if cost.spill_bytes else ''}"
+                f"{cost.local_bytes:5}  {size / 1024:10.1f}  {blocks:14}  {'local memory' if cost.local_bytes else ''}"
             )
-    print(f"{sum(map(len, built))} builds, {spilling} spilling")
+    print(f"{sum(map(len, built))} builds, {spilling} with local memory")
     return min(spilling, 1)
 
 

@@ -17,7 +17,8 @@
 namespace eah::cuda {
 namespace {
 
-constexpr int KEYS = 128;
+constexpr int KEYS = 32 * WARPS;
+constexpr int LOADS = 8;     // of 16 bytes, that a lane has under way at once
 constexpr int FEWEST = 256;  // items below which a block takes fewer values, at the price of scoring the keys again
 constexpr int MOST = 1024;   // items above which spans get longer
 
@@ -64,11 +65,10 @@ __device__ LogSum* span_sum(const Decode& p, const Plan& plan, int b, int slot, 
 template <typename T>
 struct Piece {
   static constexpr int SIZE = 16 / sizeof(T);
-  float of[SIZE];
+  float of[SIZE] = {};
 
-  __device__ Piece() : of{} {}
-  __device__ explicit Piece(const T* from) {
-    const uint4 words = *reinterpret_cast<const uint4*>(from);
+  __device__ Piece() {}
+  __device__ explicit Piece(const uint4& words) {
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     for (int i = 0; i < SIZE; ++i) {
       if constexpr (sizeof(T) == 4) {
@@ -90,7 +90,7 @@ __device__ void attend_split(
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = lane % LANES * Piece<T>::SIZE;
   const int part = warp / values, parts = WARPS / values;
   const int key_head = map / (p.heads / p.kv_heads), own_value = value_head + warp % values;
-  const Piece<T> q(row_of<T>(p.query, b, map, 0) + dim);
+  const Piece<T> q(load(row_of<T>(p.query, b, map, 0) + dim, true));
   const T* const keys = row_of<T>(p.key, b, key_head, 0) + dim;
   const T* const v = row_of<T>(p.value, b, own_value, 0) + dim;
   const float scale = p.scale * LOG2E;
@@ -100,20 +100,31 @@ __device__ void attend_split(
 
   for (int first = span * plan.span; first < end; first += KEYS) {
     float* const scores = shared.scores[first / KEYS % 2];  // two: some warps may still read the tile before
-#pragma unroll 4
-    for (int i = warp; i < KEYS / TOGETHER; i += WARPS) {
-      const int place = i * TOGETHER + lane / LANES, j = first + place;
-      const bool seen = j < end && flag(p.mask, b, j);
-      const Piece<T> k = seen ? Piece<T>(keys + j * p.key.strides[2]) : Piece<T>();
-      float s = 0;
-      for (int d = 0; d < Piece<T>::SIZE; ++d) {
-        s += q.of[d] * k.of[d];
+    const int own = first + 32 * warp;  // of these 32 keys the warp makes the scores
+    const bool shown = own + lane < end && flag(p.mask, b, own + lane);
+    const unsigned seen = __ballot_sync(EVERY_LANE, shown) >> lane / LANES;
+#pragma unroll 1
+    for (int row = 0; row < 32; row += LOADS * TOGETHER) {
+      uint4 words[LOADS];
+#pragma unroll
+      for (int i = 0; i < LOADS; ++i) {
+        const int j = row + i * TOGETHER;
+        words[i] = load(keys + (own + j + lane / LANES) * p.key.strides[2], seen >> j & 1);
       }
-      for (int bit = 1; bit < LANES; bit *= 2) {
-        s += __shfl_xor_sync(EVERY_LANE, s, bit);
-      }
-      if (lane % LANES == 0) {
-        scores[place] = seen ? s * scale : -infinity();
+#pragma unroll
+      for (int i = 0; i < LOADS; ++i) {
+        const int j = row + i * TOGETHER;
+        const Piece<T> k(words[i]);
+        float s = 0;
+        for (int d = 0; d < Piece<T>::SIZE; ++d) {
+          s += q.of[d] * k.of[d];
+        }
+        for (int bit = 1; bit < LANES; bit *= 2) {
+          s += __shfl_xor_sync(EVERY_LANE, s, bit);
+        }
+        if (lane % LANES == 0) {
+          scores[32 * warp + j + lane / LANES] = seen >> j & 1 ? s * scale : -infinity();
+        }
       }
     }
     __syncthreads();
@@ -145,14 +156,23 @@ __device__ void attend_split(
       if (i % parts != part) {
         continue;
       }
-#pragma unroll 8
-      for (int row = 0; row < 32; row += TOGETHER) {
-        const int from = row + lane / LANES;
-        const float w = __shfl_sync(EVERY_LANE, weight[i], from);
-        // A hidden key weighs 0: what it holds, NaN included, is not read.
-        const Piece<T> value = w == 0 ? Piece<T>() : Piece<T>(v + (first + 32 * i + from) * p.value.strides[2]);
-        for (int d = 0; d < Piece<T>::SIZE; ++d) {
-          out.of[d] += w * value.of[d];
+#pragma unroll 1
+      for (int row = 0; row < 32; row += LOADS * TOGETHER) {
+        uint4 words[LOADS];
+        float w[LOADS];
+#pragma unroll
+        for (int k = 0; k < LOADS; ++k) {
+          const int from = row + k * TOGETHER + lane / LANES;
+          w[k] = __shfl_sync(EVERY_LANE, weight[i], from);
+          // A hidden key weighs 0: what it holds, NaN included, is not read.
+          words[k] = load(v + (first + 32 * i + from) * p.value.strides[2], w[k] != 0);
+        }
+#pragma unroll
+        for (int k = 0; k < LOADS; ++k) {
+          const Piece<T> value(words[k]);
+          for (int d = 0; d < Piece<T>::SIZE; ++d) {
+            out.of[d] += w[k] * value.of[d];
+          }
         }
       }
     }
@@ -206,7 +226,7 @@ __device__ void combine(const Decode& p, const Plan& plan, int b, int slot, int 
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, 5) decode_kernel(const Arguments arguments) {
+__global__ void __launch_bounds__(THREADS, 4) decode_kernel(const Arguments arguments) {
   Shared& shared = shared_memory<Shared>();
   const Decode& p = arguments.problem;
   const Plan& plan = arguments.plan;

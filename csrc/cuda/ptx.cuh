@@ -69,6 +69,24 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 
+// 16 bytes of memory that the kernel does not write; unless `valid`, nothing is read and they are zeros. No branch, so that
+// many can be under way at once.
+__device__ inline uint4 load(const void* global, bool valid) {
+  uint4 words;
+  asm("{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.b32 valid, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@valid ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(words.x), "=&r"(words.y), "=&r"(words.z), "=&r"(words.w)
+      : "l"(global), "r"(static_cast<int>(valid)));
+  return words;
+}
+
 // Waits for this thread's copies.
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");

@@ -167,6 +167,14 @@ inline float exp2_approximate(float x) {
   return std::exp2(x);
 }
 
+inline uint4 load(const void* global, bool valid) {
+  uint4 words = {};
+  if (valid) {
+    std::memcpy(&words, global, sizeof words);
+  }
+  return words;
+}
+
 using emulator::copy_async;
 using emulator::wait_for_copies;
 
