@@ -127,6 +127,6 @@ STABLE_TORCH_LIBRARY_IMPL(EAH_OPS, EAH_DISPATCH_KEY, library) {
 }
 
 PyMODINIT_FUNC PyInit__cuda(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr};
   return PyModule_Create(&definition);
 }

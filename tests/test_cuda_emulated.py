@@ -190,7 +190,7 @@ def test_decode(emulated, case, dtype):
 
 @pytest.mark.parametrize(("heads", "kv_len"), [(3, 513), (4, 200), (2, 200)])
 def test_decode_with_so_much_work_that_it_is_cut_otherwise(emulated, heads, kv_len):
-    """128 batch rows: of 3 heads, spans of several tiles; of 4 and 2, blocks of as many values. Hidden keys hold NaN."""
+    """128 batch rows: of 3 heads, spans of several tiles; of 4 and 2, blocks of as many values. NaN at hidden keys."""
     inputs = make(Case(q_len=1, kv_len=kv_len, heads=heads, kv_heads=heads, batch=128, mask="left"), HALF[0])
     tensors = inputs.query, inputs.key, inputs.value
     head = torch.arange(128, dtype=torch.int32) % (heads + 1) - 1

@@ -5,7 +5,7 @@ from cuda_resources import Cost
 
 SAID = """
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN3eah4cuda1_14prefill_kernelINS0_8BFloat16ELi128EEEvNS0_7PrefillE' for 'sm_80'
+ptxas info    : Compiling entry function '_ZN3eah4cuda14prefill_kernelINS0_8BFloat16ELi128EEEvNS0_7PrefillE' for 'sm_80'
 ptxas info    : Function properties for _ZN3eah4cuda1_14prefill_kernelINS0_8BFloat16ELi128EEEvNS0_7PrefillE
     136 bytes stack frame, 172 bytes spill stores, 392 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 136 bytes cumulative stack size, 592 bytes cmem[0]

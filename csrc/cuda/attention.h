@@ -7,7 +7,8 @@ namespace eah::cuda {
 
 enum class Dtype { Half, BFloat16, Float };
 
-// A (B, H, S, D) tensor whose last dimension is contiguous and whose rows lie on 16-byte boundaries. Strides in elements.
+// A (B, H, S, D) tensor whose last dimension is contiguous and whose rows lie on 16-byte boundaries; strides in
+// elements.
 struct Operand {
   void* data;
   int64_t strides[3];

@@ -7,10 +7,10 @@
 //      together, then each reads values, 16 bytes a lane: of one KV head each, or of one head a part of the keys. The
 //      span's maximum, its sum of exponentials and its unnormalised output go to scratch, in float32.
 //      -- grid barrier --
-//   2. combine: adds a map's spans in their order.
+//   2. combine: adds an output's spans, in an order of their own.
 //
-// With a chosen head one key head is read, and every value once. Spans depend on the shape alone: neither the device nor
-// the number of blocks changes a bit.
+// With a chosen head one key head is read from memory, and every value once. Spans depend on the shape alone: neither
+// the device nor the number of blocks changes a bit.
 
 #include "tiles.cuh"
 
@@ -20,11 +20,12 @@ namespace {
 constexpr int KEYS = 32 * WARPS;
 constexpr int LOADS = 8;     // of 16 bytes, that a lane has under way at once
 constexpr int FEWEST = 256;  // items below which a block takes fewer values, at the price of scoring the keys again
-constexpr int MOST = 1024;   // items above which spans get longer
+constexpr int MOST = 512;    // items above which spans get longer: about those that are resident at once
 
 struct Shared {
   float scores[2][KEYS];
   float outputs[WARPS][128];
+  LogSum spans[WARPS];
   int heads[MAX_BATCH];
 };
 
@@ -80,8 +81,8 @@ struct Piece {
   }
 };
 
-// The map of query head `map` over one span times the values of KV heads value_head, ..., value_head + values - 1; their
-// results go to slots `slot` and on.
+// The map of query head `map` over one span times the values of `values` KV heads from value_head on; their results go
+// to slots `slot` and on.
 template <typename T, int D>
 __device__ void attend_split(
     Shared& shared, const Decode& p, const Plan& plan, int b, int map, int value_head, int values, int slot, int span) {
@@ -201,28 +202,64 @@ __device__ void attend_split(
   // The next item writes shared.outputs after its own scores, and so after everybody has read them here.
 }
 
-// One element of the output of a slot, written for `copies` heads from `to` on.
+// The output of a slot, written for `copies` heads from `to` on: its spans, each by its share of the whole.
 template <typename T, int D>
-__device__ void combine(const Decode& p, const Plan& plan, int b, int slot, int to, int copies) {
-  const int d = threadIdx.x;
-  if (d >= D) {
-    return;
-  }
+__device__ void combine(Shared& shared, const Decode& p, const Plan& plan, int b, int slot, int to, int copies) {
+  constexpr int LANES = D / 4, TOGETHER = 32 / LANES;  // lanes that share a span, spans that a warp adds at once
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = 4 * (lane % LANES);
   LogSum all = {-infinity(), 0};
-  for (int span = 0; span < plan.spans; ++span) {
+  for (int span = threadIdx.x; span < plan.spans; span += THREADS) {
     all.max = fmaxf(all.max, span_sum(p, plan, b, slot, span)->max);
   }
-  float out = 0;
-  for (int span = 0; span < plan.spans; ++span) {
-    const LogSum* const part = span_sum(p, plan, b, slot, span);
-    const float share = exp2_approximate(part->max - all.base());
-    all.sum += part->sum * share;
-    out += span_output(p, plan, b, slot, span)[d] * share;
+  for (int bit = 1; bit < 32; bit *= 2) {
+    all.max = fmaxf(all.max, __shfl_xor_sync(EVERY_LANE, all.max, bit));
   }
-  out = all.sum == 0 ? 0 : out / all.sum;
-  for (int copy = 0; copy < copies; ++copy) {
-    store(row_of<T>(p.output, b, to + copy, 0) + d, out);
+  if (lane == 0) {
+    shared.spans[warp].max = all.max;
   }
+  __syncthreads();
+  for (int other = 0; other < WARPS; ++other) {
+    all.max = fmaxf(all.max, shared.spans[other].max);
+  }
+
+  Piece<float> out;
+#pragma unroll 8
+  for (int span = warp * TOGETHER + lane / LANES; span < plan.spans; span += WARPS * TOGETHER) {
+    const LogSum part = *span_sum(p, plan, b, slot, span);
+    const Piece<float> piece(*reinterpret_cast<const uint4*>(span_output(p, plan, b, slot, span) + dim));
+    const float share = exp2_approximate(part.max - all.base());
+    all.sum += part.sum * share;
+    for (int d = 0; d < 4; ++d) {
+      out.of[d] += piece.of[d] * share;
+    }
+  }
+  for (int bit = LANES; bit < 32; bit *= 2) {
+    all.sum += __shfl_xor_sync(EVERY_LANE, all.sum, bit);
+    for (int d = 0; d < 4; ++d) {
+      out.of[d] += __shfl_xor_sync(EVERY_LANE, out.of[d], bit);
+    }
+  }
+  if (lane == 0) {
+    shared.spans[warp].sum = all.sum;
+  }
+  if (lane < LANES) {
+    for (int d = 0; d < 4; ++d) {
+      shared.outputs[warp][dim + d] = out.of[d];
+    }
+  }
+  __syncthreads();
+  const int d = threadIdx.x;
+  if (d < D) {
+    float total = 0, sum = 0;
+    for (int other = 0; other < WARPS; ++other) {
+      total += shared.outputs[other][d];
+      sum += shared.spans[other].sum;
+    }
+    for (int copy = 0; copy < copies; ++copy) {
+      store(row_of<T>(p.output, b, to + copy, 0) + d, sum == 0 ? 0 : total / sum);
+    }
+  }
+  __syncthreads();
 }
 
 template <typename T, int D>
@@ -236,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, 4) decode_kernel(const Arguments argu
   }
   __syncthreads();
 
-  const Maps units = {shared.heads, p.batch, p.kv_heads / plan.values, p.heads};
+  const Work units = {shared.heads, p.batch, p.kv_heads / plan.values, p.heads};
   const int64_t items = static_cast<int64_t>(units.total()) * plan.spans;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int span = static_cast<int>(item % plan.spans);
@@ -247,12 +284,12 @@ __global__ void __launch_bounds__(THREADS, 4) decode_kernel(const Arguments argu
   }
   grid_barrier();
 
-  const Maps slots = {shared.heads, p.batch, p.kv_heads, p.heads};
+  const Work slots = {shared.heads, p.batch, p.kv_heads, p.heads};
   const int outputs = slots.total();
   for (int item = blockIdx.x; item < outputs; item += gridDim.x) {
     int slot = item;
     const int b = slots.row(slot), copies = shared.heads[b] >= 0 ? group : 1;
-    combine<T, D>(p, plan, b, slot, slot * copies, copies);
+    combine<T, D>(shared, p, plan, b, slot, slot * copies, copies);
   }
 }
 

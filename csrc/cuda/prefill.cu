@@ -1,6 +1,6 @@
-// EAH at prefill in one launch, for prompts that plain launches would cost more than their arithmetic.
+// EAH at prefill in one launch, for prompts so short that several launches cost more than their arithmetic.
 //
-// What is computed is spec'd by eah_kernels/reference.py: per query head the softmax map of causal attention with a key
+// What is computed is eah_kernels/reference.py's: per query head the softmax map of causal attention with a key
 // mask; per image column its mean over the rows that count, its own row left out; per head the columns above the
 // threshold; per batch row the head with the most; and the output of that head's map, or of each head's own.
 //
@@ -13,8 +13,8 @@
 //   4. attend: FlashAttention's online softmax per 64 rows, with the chosen head's query and key for each KV head's
 //      values, written once per query head of the group.
 //
-// A warp owns 16 rows; tiles are 64 keys. Products are mma.sync on 16-bit operands accumulated in float32, statistics are
-// float32, and no sum depends on the number of blocks or on their order.
+// A warp owns 16 rows; tiles are 64 keys. Products are mma.sync on 16-bit operands accumulated in float32, statistics
+// are float32, and no sum depends on the number of blocks or on their order.
 
 #include "tiles.cuh"
 
@@ -54,18 +54,32 @@ __device__ uint64_t bits(const uint32_t* words, int tile) {
   return words[2 * tile] | static_cast<uint64_t>(words[2 * tile + 1]) << 32;
 }
 
-// Reads batch row b's flags. The block is synchronised before and after.
+// Before an item of batch row b: synchronises the block, and reads the row's flags unless they are `held`.
 template <typename T, int D>
-__device__ void read_flags(Shared<T, D>& shared, const Prefill& p, int b) {
+__device__ void begin(Shared<T, D>& shared, const Prefill& p, int b, int& held) {
   const Lane at;
   __syncthreads();
-  for (int word = at.warp; word < 2 * MAX_TILES; word += WARPS) {
-    const int j = 32 * word + at.lane;
-    const unsigned seen = __ballot_sync(EVERY_LANE, j < p.length && flag(p.mask, b, j));
-    const unsigned image = __ballot_sync(EVERY_LANE, j < p.length && flag(p.image, b, j));
+  if (b == held) {
+    return;
+  }
+  held = b;
+  constexpr int WORDS = 2 * MAX_TILES / WARPS;  // of a warp
+  bool image[WORDS], seen[WORDS];
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    const int j = min(32 * (at.warp + WARPS * i) + at.lane, p.length - 1);  // no branch: all are read at once
+    image[i] = p.image.data[b * p.image.strides[0] + j * p.image.strides[1]];
+    seen[i] = p.mask.data == nullptr || p.mask.data[b * p.mask.strides[0] + j * p.mask.strides[1]];
+  }
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    const int word = at.warp + WARPS * i;
+    const bool exists = 32 * word + at.lane < p.length;
+    const unsigned image_bits = __ballot_sync(EVERY_LANE, exists && image[i]);
+    const unsigned seen_bits = __ballot_sync(EVERY_LANE, exists && seen[i]);
     if (at.lane == 0) {
-      shared.seen[word] = seen;
-      shared.image[word] = image;
+      shared.image[word] = image_bits;
+      shared.seen[word] = seen_bits;
     }
   }
   __syncthreads();
@@ -74,12 +88,12 @@ __device__ void read_flags(Shared<T, D>& shared, const Prefill& p, int b) {
 // Starts the copy of rows 64 * tile and on, zeros for those whose bit in `wanted` is not set.
 template <typename T, int D>
 __device__ void load_tile(T* to, const Operand& x, int b, int h, int tile, uint64_t wanted) {
-  constexpr int CHUNKS = D / 8;
-  const T* from = row_of<T>(x, b, h, static_cast<int64_t>(tile) * KEYS);
-  for (int i = threadIdx.x; i < KEYS * CHUNKS; i += THREADS) {
-    const int row = i / CHUNKS, chunk = i % CHUNKS;
-    const bool valid = wanted >> row & 1;
-    copy_async(to + place<D>(row, chunk), valid ? from + row * x.strides[2] + chunk * 8 : from, valid);
+  constexpr int CHUNKS = D / 8, TOGETHER = THREADS / CHUNKS;  // rows that the block copies at once
+  const int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+  const T* from = row_of<T>(x, b, h, static_cast<int64_t>(tile) * KEYS + first) + 8 * chunk;
+#pragma unroll 2
+  for (int row = first; row < first + KEYS; row += TOGETHER, from += TOGETHER * x.strides[2]) {
+    copy_async(to + place<D>(row, chunk), from, wanted >> row & 1);
   }
 }
 
@@ -120,8 +134,8 @@ __device__ void score(float (&s)[KEYS / 8][4], const uint32_t (&q)[D / 16][4], c
   }
 }
 
-// -inf where a row does not see a key: `seen` by key, `rows` by row (both of 64); on the diagonal tile also where the key
-// comes later, and with `strict` where it is the row's own.
+// -inf where a row does not see a key: `seen` by key, `rows` by row (both of 64); on the diagonal tile also where the
+// key comes later, and with `strict` where it is the row's own.
 __device__ void hide(float (&s)[KEYS / 8][4], uint64_t seen, uint64_t rows, bool diagonal, bool strict) {
   const Lane at;
   for (int half = 0; half < 2; ++half) {
@@ -271,10 +285,16 @@ __device__ void count_sinks(const Shared<T, D>& shared, const Prefill& p, int b,
   bool sink = false;
   if (column < p.length && (bits(shared.image, tile) & bits(shared.seen, tile)) >> (column % KEYS) & 1) {
     int rows = __popcll(bits(shared.seen, tile) >> (column % KEYS) >> 1);
-    float sum = 0;
-    for (int block = tile; block < tiles; ++block) {
-      rows += block > tile ? __popcll(bits(shared.seen, block)) : 0;
-      sum += row_block_sums(p, b, h, block)[column];
+    float sum = 0, sums[MAX_TILES];
+#pragma unroll
+    for (int block = 0; block < MAX_TILES; ++block) {
+      const bool below = block >= tile && block < tiles;
+      sums[block] = below ? row_block_sums(p, b, h, block)[column] : 0;
+      rows += below && block > tile ? __popcll(bits(shared.seen, block)) : 0;
+    }
+#pragma unroll
+    for (int block = 0; block < MAX_TILES; ++block) {
+      sum += sums[block];
     }
     sink = rows > 0 && sum / static_cast<float>(rows) > p.threshold;
   }
@@ -298,7 +318,7 @@ __device__ void choose_heads(Shared<T, D>& shared, const Prefill& p) {
         chosen = h;
       }
     }
-    for (int j = at.lane; j < p.length; j += 32) {
+    for (int j = at.lane; p.min_density > 0 && j < p.length; j += 32) {
       tokens += flag(p.image, b, j);
     }
     for (int bit = 1; bit < 32; bit *= 2) {
@@ -310,7 +330,7 @@ __device__ void choose_heads(Shared<T, D>& shared, const Prefill& p) {
         chosen = other;
       }
     }
-    if (chosen >= 0 && static_cast<float>(most) / static_cast<float>(tokens) < p.min_density) {
+    if (chosen >= 0 && p.min_density > 0 && static_cast<float>(most) / static_cast<float>(tokens) < p.min_density) {
       chosen = -1;
     }
     if (at.lane == 0) {
@@ -404,8 +424,8 @@ __device__ void attend(
   }
   __syncwarp();
   constexpr int CHUNKS = D / 8;
-  for (int i = at.lane; i < 16 * CHUNKS; i += 32) {
-    const int row = 16 * at.warp + i / CHUNKS, chunk = i % CHUNKS;
+  for (int i = 0; i < CHUNKS / 2; ++i) {
+    const int row = 16 * at.warp + (32 * i + at.lane) / CHUNKS, chunk = at.lane % CHUNKS;
     if (block * ROWS + row < p.length) {
       const uint4 eight = *reinterpret_cast<const uint4*>(shared.query + place<D>(row, chunk));
       for (int copy = 0; copy < copies; ++copy) {
@@ -427,6 +447,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(const Prefill p) {
   Shared<T, D>& shared = shared_memory<Shared<T, D>>();
   const int blocks = (p.length + ROWS - 1) / ROWS, group = p.heads / p.kv_heads;
+  int held = -1;  // the batch row whose flags are in shared memory
 
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.batch * p.heads; i += gridDim.x * THREADS) {
     p.counts[i] = 0;
@@ -437,8 +458,9 @@ __global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(cons
     const int64_t item = item_of(round);
     if (item < row_blocks) {
       const int row = static_cast<int>(item % (p.batch * p.heads));
-      read_flags(shared, p, row / p.heads);
-      row_statistics(shared, p, row / p.heads, row % p.heads, blocks - 1 - static_cast<int>(item / (p.batch * p.heads)));
+      begin(shared, p, row / p.heads, held);
+      const int block = blocks - 1 - static_cast<int>(item / (p.batch * p.heads));
+      row_statistics(shared, p, row / p.heads, row % p.heads, block);
     }
   }
   grid_barrier();
@@ -446,22 +468,23 @@ __global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(cons
   const int parts = (p.length + THREADS - 1) / THREADS;
   for (int64_t item = blockIdx.x; item < static_cast<int64_t>(parts) * p.batch * p.heads; item += gridDim.x) {
     const int row = static_cast<int>(item / parts);
-    read_flags(shared, p, row / p.heads);
+    begin(shared, p, row / p.heads, held);
     count_sinks(shared, p, row / p.heads, row % p.heads, static_cast<int>(item % parts) * THREADS);
   }
   grid_barrier();
 
   choose_heads(shared, p);
-  const Maps maps = {shared.heads, p.batch, p.kv_heads, p.heads};
-  const int64_t a_block = maps.total(), outputs = a_block * blocks;
+  const Work work = {shared.heads, p.batch, p.kv_heads, p.heads};
+  const int64_t a_block = work.total(), outputs = a_block * blocks;
   for (int64_t round = 0; round * gridDim.x < outputs; ++round) {
     const int64_t item = item_of(round);
     if (item < outputs) {
       int index = static_cast<int>(item % a_block);
-      const int b = maps.row(index), chosen = shared.heads[b], block = blocks - 1 - static_cast<int>(item / a_block);
-      read_flags(shared, p, b);
+      const int b = work.row(index), chosen = shared.heads[b], block = blocks - 1 - static_cast<int>(item / a_block);
+      begin(shared, p, b, held);
+      const int map = chosen >= 0 ? chosen : index, kv_head = chosen >= 0 ? index : index / group;
       const int copies = chosen >= 0 ? group : 1;
-      attend(shared, p, b, chosen >= 0 ? chosen : index, chosen >= 0 ? index : index / group, index * copies, copies, block);
+      attend(shared, p, b, map, kv_head, index * copies, copies, block);
     }
   }
 }

@@ -69,8 +69,8 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 
-// 16 bytes of memory that the kernel does not write; unless `valid`, nothing is read and they are zeros. No branch, so that
-// many can be under way at once.
+// 16 bytes of memory that the kernel does not write; unless `valid`, nothing is read and they are zeros. No branch, so
+// that many can be under way at once.
 __device__ inline uint4 load(const void* global, bool valid) {
   uint4 words;
   asm("{\n"

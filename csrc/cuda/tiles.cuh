@@ -26,8 +26,8 @@ __device__ bool flag(const Flags& flags, int64_t b, int64_t j) {
   return flags.data == nullptr || flags.data[b * flags.strides[0] + j * flags.strides[1]];
 }
 
-// The maps of a batch: a row with a chosen head has `shared` outputs to compute, another one `own`. heads[b] >= 0: chosen.
-struct Maps {
+// The pieces of work of a batch: a row with a chosen head (heads[b] >= 0) has `shared` of them, another one `own`.
+struct Work {
   const int* heads;
   int batch, shared, own;
 

@@ -1,6 +1,6 @@
 // The threads of a grid as fibers of one CPU thread, in an order that a test chooses.
 //
-// A fiber runs until it has to wait: for its warp, its block or the whole grid. What it waits for makes it runnable again.
+// A fiber runs until it has to wait: for its warp, its block or the whole grid. The last to come lets them all run on.
 // Orders that a GPU may have, so that a missing barrier shows as another result:
 //   0  every thread in turn, first come first served: all advance together;
 //   1  last come first served, from the last thread: one warp runs as far ahead as barriers let it;

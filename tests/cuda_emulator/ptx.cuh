@@ -67,7 +67,7 @@ inline void __syncthreads() {
   emulator::in_block();
 }
 inline void __syncwarp() {
-  emulator::lanes<int, int>(emulator::SYNC_WARP, 0, [](const int*, int* out) { std::memset(out, 0, 32 * sizeof(int)); });
+  emulator::lanes<int, int>(emulator::SYNC_WARP, 0, [](const int*, int* out) { std::memset(out, 0, 128); });
 }
 
 inline unsigned __ballot_sync(unsigned, bool mine) {
