@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from eah_kernels import eah_attention, native, shared_map_attention, sink_statistics
+from eah_kernels import eah_attention, native, native_cuda, shared_map_attention, sink_statistics
 from eah_kernels.api import choose_backend
 from support import NATIVE, WHY_NOT_NATIVE, Case, exact, make
 
@@ -114,6 +115,24 @@ def test_without_onednn():
 def test_auto_takes_it_on_the_cpu(backend):
     assert choose_backend("auto", torch.zeros(1)) == backend
     assert choose_backend("auto", torch.zeros(1, dtype=torch.float64)) == "torch"
+
+
+def test_on_cuda_it_is_used_when_named_and_not_by_auto(monkeypatch):
+    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)  # all that is looked at
+    monkeypatch.setitem(sys.modules, "eah_kernels._cuda", None)
+    native_cuda._load.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"eah_kernels\._cuda is not built.*nvcc"):
+            choose_backend("native", tensor)
+        assert "not built" in native.native_parts()["cuda"]
+    finally:
+        native_cuda._load.cache_clear()
+    monkeypatch.setattr(native_cuda, "_load", lambda: None)
+    assert choose_backend("native", tensor) == "native"
+    assert choose_backend("auto", tensor) != "native"
+    tensor.dtype = torch.float64
+    with pytest.raises(ValueError, match="float64"):
+        choose_backend("native", tensor)
 
 
 def test_a_missing_extension_says_why(monkeypatch):
