@@ -259,7 +259,7 @@ __device__ void combine(Shared& shared, const Decode& p, const Plan& plan, int b
       store(row_of<T>(p.output, b, to + copy, 0) + d, sum == 0 ? 0 : total / sum);
     }
   }
-  __syncthreads();
+  // The next item writes what is read here after its own first barrier, and so after everybody has read it.
 }
 
 template <typename T, int D>
