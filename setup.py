@@ -102,7 +102,7 @@ def cuda_extension() -> Extension:
         },
         extra_link_args=["-Wl,--strip-debug"],
         py_limited_api=True,
-        depends=[f"csrc/cuda/{name}" for name in ("attention.h", "ptx.cuh", "tiles.cuh")],
+        depends=[f"csrc/cuda/{name}" for name in ("attention.h", "ptx.cuh", "tiles.cuh", "prefill_tiles.cuh")],
     )
 
 
