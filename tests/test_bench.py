@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attention
 import report
 from contestants import Contestant, check, contestants
 from eah_kernels import eah_attention, shared_map_attention
@@ -45,6 +46,17 @@ def test_a_contestant_that_does_not_is_told_apart():
         raise ValueError("boom")
 
     assert "boom" in check(Contestant("broken", "eah", broken), layer, torch.float32, "cpu")
+
+
+def test_a_backend_that_does_not_take_a_size_is_not_timed(monkeypatch):
+    def picky(inputs):
+        if inputs.query.shape[2] > 200:
+            raise ValueError("accepted: 1..200")
+        return eah_attention(*inputs[:4], threshold=inputs.threshold, backend="torch")
+
+    monkeypatch.setattr(attention, "contestants", lambda _: [Contestant("EAH, picky", "eah", picky)])
+    [row] = attention.measure(CPU_LAYERS[0], torch.float32, "cpu", rounds=1)
+    assert row["not_timed"] == "accepted: 1..200" and "median_ms" not in row
 
 
 def test_there_are_results():
