@@ -1,4 +1,4 @@
-"""The public functions: shapes, checks of the arguments, and the choice of the backend.
+"""The public functions: shapes and checks of the arguments.
 
 Nothing here reads a value on the device: checks look at shapes, dtypes, devices and Python numbers only.
 """
@@ -6,17 +6,15 @@ Nothing here reads a value on the device: checks look at shapes, dtypes, devices
 from __future__ import annotations
 
 import math
-import os
-from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eah_kernels import native, native_cuda, ops, reference
+from eah_kernels import ops, reference
+from eah_kernels.backends import choose_backend
 from eah_kernels.masks import Scoring
 
-BACKENDS = ("auto", "reference", "torch", "triton", "native")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
@@ -76,7 +74,7 @@ def eah_attention(
         scale: multiplies q . k; default 1 / sqrt(D).
         sliding_window: hide the keys at own position - sliding_window and before; >= 1.
         softcap: c > 0 turns the scaled score s into c * tanh(s / c).
-        backend: "auto" (see `choose_backend`), "reference" (eager, differentiable), "torch" (blocked, any device),
+        backend: "auto" (see backends.py), "reference" (eager, differentiable), "torch" (blocked, any device),
             "triton" (CUDA or ROCm device, or TRITON_INTERPRET=1) or "native" (the C++ extension: CPU, and on CUDA
             devices what native_cuda.py takes). A named backend never falls back.
 
@@ -262,55 +260,6 @@ def _lend(query, key, value, head, receives, scoring: Scoring, backend: str) -> 
         return shared
     own = ops.shared_map_attention(query, key, value, torch.full_like(head, -1), *scoring, backend)
     return torch.where((receives & (head >= 0)[:, None])[..., None, None], shared, own)
-
-
-def choose_backend(backend: str, query: Tensor) -> str:
-    """The backend that runs: the named one, or for "auto" the fastest there is for query's device and dtype.
-
-    For float16, bfloat16 and float32 "auto" takes "triton" on a CUDA or ROCm device where Triton is installed and
-    "native" on the CPU where the extension is built; in every other case "torch". "reference" is never chosen for you,
-    nor is "native" on a CUDA device: no measurement shows it ahead yet.
-
-    Raises:
-        ValueError: an unknown name, or a named backend that cannot run on query; the message says why.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    why_not = {"triton": why_not_triton, "native": why_not_native}
-    if backend == "auto":
-        fastest = "triton" if query.device.type == "cuda" else "native"
-        return "torch" if why_not[fastest](query.device, query.dtype) else fastest
-    missing = why_not[backend](query.device, query.dtype) if backend in why_not else None
-    if missing:
-        raise ValueError(f'backend="{backend}" cannot be used: {missing}')
-    return backend
-
-
-def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the native kernels cannot run on such tensors, or None."""
-    if dtype == torch.float64:
-        return "float64 has no native kernel; accepted are float16, bfloat16 and float32"
-    if device.type == "cuda":
-        return native_cuda.why_not()
-    if device.type != "cpu":
-        return f"its kernels are for CPU and CUDA tensors; the tensors are on {device}"
-    return native.why_not()
-
-
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run on such tensors, or None."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    if dtype == torch.float64:
-        return "float64 has no Triton kernel; accepted are float16, bfloat16 and float32"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type == "cuda" and not interpreted:
-        return None
-    if not interpreted:
-        return f"it needs a CUDA or ROCm device, or TRITON_INTERPRET=1 for CPU tensors; the tensors are on {device}"
-    if dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly; accepted there are float16 and float32"
-    return None
 
 
 def _exact(query: Tensor) -> torch.autocast:

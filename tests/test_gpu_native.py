@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eah_kernels import eah_attention, native_cuda, reference, shared_map_attention
-from eah_kernels.api import choose_backend
+from eah_kernels.backends import choose_backend
 from support import Case, assert_close, exact, make, run
 from test_cuda_emulated import DECODE, HALF, PREFILL
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from eah_kernels import eah_attention, native, native_cuda, shared_map_attention, sink_statistics
-from eah_kernels.api import choose_backend
+from eah_kernels.backends import choose_backend
 from support import NATIVE, WHY_NOT_NATIVE, Case, exact, make
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,62 @@
+"""Which backend runs: the named one, or for "auto" the fastest that the device and dtype allow."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from eah_kernels import native, native_cuda
+
+BACKENDS = ("auto", "reference", "torch", "triton", "native")
+
+
+def choose_backend(backend: str, query: Tensor) -> str:
+    """The backend that runs: the named one, or for "auto" the fastest there is for query's device and dtype.
+
+    For float16, bfloat16 and float32 "auto" takes "triton" on a CUDA or ROCm device where Triton is installed and
+    "native" on the CPU where the extension is built; in every other case "torch". "reference" is never chosen for you,
+    nor is "native" on a CUDA device: no measurement shows it ahead yet.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot run on query; the message says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    why_not = {"triton": why_not_triton, "native": why_not_native}
+    if backend == "auto":
+        fastest = "triton" if query.device.type == "cuda" else "native"
+        return "torch" if why_not[fastest](query.device, query.dtype) else fastest
+    missing = why_not[backend](query.device, query.dtype) if backend in why_not else None
+    if missing:
+        raise ValueError(f'backend="{backend}" cannot be used: {missing}')
+    return backend
+
+
+def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the native kernels cannot run on such tensors, or None."""
+    if dtype == torch.float64:
+        return "float64 has no native kernel; accepted are float16, bfloat16 and float32"
+    if device.type == "cuda":
+        return native_cuda.why_not()
+    if device.type != "cpu":
+        return f"its kernels are for CPU and CUDA tensors; the tensors are on {device}"
+    return native.why_not()
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on such tensors, or None."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype == torch.float64:
+        return "float64 has no Triton kernel; accepted are float16, bfloat16 and float32"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" and not interpreted:
+        return None
+    if not interpreted:
+        return f"it needs a CUDA or ROCm device, or TRITON_INTERPRET=1 for CPU tensors; the tensors are on {device}"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly; accepted there are float16 and float32"
+    return None
