@@ -108,10 +108,11 @@ def flash_colreduce(inputs: Inputs) -> Tensor:
 def contestants(device: str, layer: Layer) -> list[Contestant]:
     """Everything that may be measured on a device; what cannot run there says so when it is checked."""
     backends = ("torch", "native") if device == "cpu" else ("triton",)
+    native_cuda = device != "cpu" and native_parts()["cuda"] is None
     if layer.rows:
         names = {"SDPA": None} if device == "cpu" else SDPA
         found = [Contestant(name, "attention", sdpa(backend)) for name, backend in names.items()]
-        return found + [held(backend) for backend in backends]
+        return found + [held(backend) for backend in (*backends, *("native",) * native_cuda)]
     found = [Contestant("eager EAH, as published", "eah", published_eager)]
     if device == "cpu":
         found.append(Contestant("SDPA", "attention", sdpa(None)))
@@ -122,7 +123,7 @@ def contestants(device: str, layer: Layer) -> list[Contestant]:
             found.append(Contestant("flash-colreduce", "column sums", flash_colreduce))
     for backend in backends:
         found += ours(backend)
-    if device != "cpu" and native_parts()["cuda"] is None:
+    if native_cuda:
         found.append(ours("native")[0])  # up to 1024 tokens; it has no parts
     return found
 

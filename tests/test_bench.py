@@ -54,7 +54,7 @@ def test_a_backend_that_does_not_take_a_size_is_not_timed(monkeypatch):
             raise ValueError("accepted: 1..200")
         return eah_attention(*inputs[:4], threshold=inputs.threshold, backend="torch")
 
-    monkeypatch.setattr(attention, "contestants", lambda _: [Contestant("EAH, picky", "eah", picky)])
+    monkeypatch.setattr(attention, "contestants", lambda *_: [Contestant("EAH, picky", "eah", picky)])
     [row] = attention.measure(CPU_LAYERS[0], torch.float32, "cpu", rounds=1)
     assert row["not_timed"] == "accepted: 1..200" and "median_ms" not in row
 
