@@ -112,7 +112,8 @@ def contestants(device: str, layer: Layer) -> list[Contestant]:
     if layer.rows:
         names = {"SDPA": None} if device == "cpu" else SDPA
         found = [Contestant(name, "attention", sdpa(backend)) for name, backend in names.items()]
-        return found + [held(backend) for backend in (*backends, *("native",) * native_cuda)]
+        ours_here = (*backends, "native") if native_cuda else backends
+        return found + [Contestant(f"EAH, {backend}", "held", shared_map(backend)) for backend in ours_here]
     found = [Contestant("eager EAH, as published", "eah", published_eager)]
     if device == "cpu":
         found.append(Contestant("SDPA", "attention", sdpa(None)))
@@ -128,14 +129,12 @@ def contestants(device: str, layer: Layer) -> list[Contestant]:
     return found
 
 
-def held(backend: str) -> Contestant:
-    """A decoding step of ours with decode="hold"."""
-
-    def step(inputs):
+def shared_map(backend: str) -> Callable[[Inputs], Tensor]:
+    def run(inputs: Inputs) -> Tensor:
         head = torch.zeros(len(inputs.query), dtype=torch.int32, device=inputs.query.device)
-        return shared_map_attention(*inputs[:3], head, backend=backend)
+        return shared_map_attention(*inputs[:3], head, attention_mask=inputs.attention_mask, backend=backend)
 
-    return Contestant(f"EAH, {backend}", "held", step)
+    return run
 
 
 def ours(backend: str) -> list[Contestant]:
@@ -149,14 +148,10 @@ def ours(backend: str) -> list[Contestant]:
         options = dict(attention_mask=inputs.attention_mask, threshold=inputs.threshold, backend=backend)
         return sink_statistics(*inputs[:2], inputs.image_mask, **options).sink_counts
 
-    def shared(inputs):
-        head = torch.zeros(len(inputs.query), dtype=torch.int32, device=inputs.query.device)
-        return shared_map_attention(*inputs[:3], head, attention_mask=inputs.attention_mask, backend=backend)
-
     return [
         Contestant(f"EAH, {backend}", "eah", eah),
         Contestant(f"EAH, {backend}: statistics alone", "statistics", statistics),
-        Contestant(f"EAH, {backend}: output alone", "shared map", shared),
+        Contestant(f"EAH, {backend}: output alone", "shared map", shared_map(backend)),
     ]
 
 

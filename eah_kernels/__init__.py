@@ -10,10 +10,12 @@ from eah_kernels.api import (
     shared_map_attention,
     sink_statistics,
 )
+from eah_kernels.masks import Scoring
 from eah_kernels.native import native_parts
 
 __all__ = [
     "EAHResult",
+    "Scoring",
     "SinkStatistics",
     "eah_attention",
     "native_parts",

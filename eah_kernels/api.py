@@ -138,15 +138,14 @@ def sink_statistics(
         counts = query.new_zeros(batch, heads, dtype=torch.int32)
         lse = query.new_full((batch, heads, q_len), -math.inf, dtype=torch.float32)
         mean = query.new_zeros(batch, heads, key.shape[2], dtype=torch.float32)
-    elif backend == "reference":
-        with _exact(query):
-            dtype = _reference_dtype(query)
-            counts, lse, mean = reference.sink_statistics(query, key, image_mask, threshold, scoring, dtype)
-        lse, mean = lse.float(), mean.float()
     else:
+        arguments = query, key, image_mask, threshold
         with _exact(query):
-            arguments = query, key, image_mask, threshold, return_column_mean
-            counts, lse, mean = ops.sink_statistics(*arguments, *scoring, backend)
+            if backend == "reference":
+                counts, lse, mean = reference.sink_statistics(*arguments, scoring, _reference_dtype(query))
+                lse, mean = lse.float(), mean.float()
+            else:
+                counts, lse, mean = ops.sink_statistics(*arguments, return_column_mean, *scoring, backend)
     return SinkStatistics(counts, lse, mean if return_column_mean else None)
 
 
@@ -259,7 +258,7 @@ def _lend(query, key, value, head, receives, scoring: Scoring, backend: str) -> 
     if receives is None:
         return shared
     own = ops.shared_map_attention(query, key, value, torch.full_like(head, -1), *scoring, backend)
-    return torch.where((receives & (head >= 0)[:, None])[..., None, None], shared, own)
+    return torch.where(receives[..., None, None], shared, own)  # where head is -1 they are the same
 
 
 def _exact(query: Tensor) -> torch.autocast:
@@ -319,11 +318,11 @@ def _check_head(head: Tensor, like: Tensor) -> None:
 
 def _receivers(broadcast_to: int | str, heads: int) -> int | None:
     """How many heads receive the map; None = all."""
-    if broadcast_to == "all" or (broadcast_to == heads and type(broadcast_to) is int):
+    if broadcast_to == "all":
         return None
-    if type(broadcast_to) is not int or not 1 <= broadcast_to < heads:
+    if type(broadcast_to) is not int or not 1 <= broadcast_to <= heads:
         raise ValueError(f'broadcast_to must be "all" or an int within 1..{heads}, got {broadcast_to!r}')
-    return broadcast_to
+    return broadcast_to if broadcast_to < heads else None
 
 
 def _check_value(query: Tensor, key: Tensor, value: Tensor) -> None:

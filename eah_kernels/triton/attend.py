@@ -11,19 +11,17 @@ Otherwise (head -1), the layer's ordinary attention: a FlashAttention-2 forward 
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, operand
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, operand, value_groups
 from eah_kernels.triton.primitives import (
     CELL,
     KEY_MASK,
     LOWEST,
     NO_MASK,
     at,
-    dot_rows,
     key_range,
     load_operand,
-    mask_tile,
-    score_tile,
-    shown_keys,
+    score_block,
+    value_columns,
 )
 
 
@@ -67,10 +65,7 @@ def attend_rows(
         row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    wide = tl.arange(0, VALUE_HEADS * VALUE_PAD)  # value head, then feature
-    member = wide // VALUE_PAD
-    feature = wide % VALUE_PAD
-    exists = (feature < VALUE_DIM) & (first_value + member < kv_heads)
+    member, feature, exists = value_columns(first_value, kv_heads, VALUE_DIM, VALUE_PAD, VALUE_HEADS)
     v_column = tl.cast(member, tl.int64) * stride_vh + feature * stride_vd
     out = tl.zeros([BLOCK_M, VALUE_HEADS * VALUE_PAD], tl.float32)
     first, full, edge, last, biased = key_range(
@@ -84,21 +79,11 @@ def attend_rows(
             if EDGE and BOTH_SIDES:
                 start_n += tl.where(start_n < full, 0, edge - full)
             start_n = tl.multiple_of(start_n, BLOCK_N)
-            key = start_n + local_n
-            keep = key < (kv_len if EDGE else start_n + BLOCK_N)
-            TILE_MASK: tl.constexpr = MASK if EDGE and BY_KEY else NO_MASK
-            keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, TILE_MASK)
-            k, k_tail = load_operand(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
-            qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
-            score, _ = score_tile(
-                qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, TILE_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE and BY_KEY, True,
+            score, keep = score_block(
+                q, q_tail, start_m, start_n, k_ptr, stride_kn, stride_kd, mask_ptr, stride_mm, stride_mn,
+                words_ptr, stride_wn, biased, q_len, kv_len, scale, cap, window,
+                HEAD_DIM, MAIN, TAIL, PRECISION, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE, BLOCK_N,
             )  # fmt: skip
-            if EDGE and not BY_KEY:
-                score = mask_tile(
-                    score, start_m, start_n, words_ptr, stride_wn, biased,
-                    at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn), stride_mm, stride_mn, MASK,
-                )  # fmt: skip
             if SHARED:
                 p = tl.exp2(score + minus_lse[:, None])
             else:
@@ -109,6 +94,7 @@ def attend_rows(
                 row_max = new_max
                 out = out * rescale[:, None]
             # 0 * NaN is NaN in a matrix product: values that no row of the tile sees are zeroed.
+            key = start_n + local_n
             seen = keep
             if EDGE and BY_KEY and WINDOW:
                 seen = seen & (key > start_m + (kv_len - q_len) - window)
@@ -188,9 +174,7 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
     tile = problem.tile("attend", value_dim)
-    value_pad = max(16, triton.next_power_of_2(value_dim))
-    value_heads = max(1, min(tile.value_width // value_pad, triton.next_power_of_2(kv_heads)))
-    units = triton.cdiv(kv_heads, value_heads)
+    units, value_options = value_groups(kv_heads, value_dim, tile)
     return Launch(
         _attend_kernel,
         batch * (units + heads) * triton.cdiv(q_len, tile.block_m),
@@ -203,5 +187,5 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
         | operand("out", "ob oh om od", out)
         | dict(head_ptr=head, minus_lse_ptr=minus_lse, stride_lb=minus_lse.stride(0), stride_lh=minus_lse.stride(1))
         | dict(units=units, heads=heads, kv_heads=kv_heads)
-        | dict(VALUE_DIM=value_dim, VALUE_PAD=value_pad, VALUE_HEADS=value_heads),
+        | value_options,
     )

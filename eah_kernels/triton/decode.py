@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.configs import Tile
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, operand
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, operand, value_groups
 from eah_kernels.triton.primitives import (
     KEY_MASK,
     NO_MASK,
@@ -22,6 +22,7 @@ from eah_kernels.triton.primitives import (
     load_operand,
     score_tile,
     shown_keys,
+    value_columns,
 )
 
 MAX_ROWS = 16  # the height of a matrix instruction: up to this, more rows read no more and cost nothing
@@ -66,10 +67,7 @@ def decode_rows(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     local_n = tl.arange(0, BLOCK_N)
-    wide = tl.arange(0, VALUE_HEADS * VALUE_PAD)  # value head, then feature
-    member = wide // VALUE_PAD
-    feature = wide % VALUE_PAD
-    exists = (feature < VALUE_DIM) & (first_value + member < kv_heads)
+    member, feature, exists = value_columns(first_value, kv_heads, VALUE_DIM, VALUE_PAD, VALUE_HEADS)
     v_column = tl.cast(member, tl.int64) * stride_vh + feature * stride_vd
     out = tl.zeros([BLOCK_M, VALUE_HEADS * VALUE_PAD], tl.float32)
 
@@ -204,9 +202,7 @@ def decode(problem: Problem, value, head, out) -> tuple[Launch, Launch]:
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, kv_len, value_dim = value.shape[1:]
     tile = problem.tile("decode", value_dim)
-    value_pad = max(16, triton.next_power_of_2(value_dim))
-    value_heads = max(1, min(tile.value_width // value_pad, triton.next_power_of_2(kv_heads)))
-    units = triton.cdiv(kv_heads, value_heads)
+    units, value_options = value_groups(kv_heads, value_dim, tile)
     blocks = triton.cdiv(q_len * (heads // kv_heads), tile.block_m)
     most = min(MAX_SPLITS, triton.cdiv(kv_len, SHORTEST))
     shared_splits, own_splits = (
@@ -217,7 +213,7 @@ def decode(problem: Problem, value, head, out) -> tuple[Launch, Launch]:
     common = (
         dict(head_ptr=head, part_ptr=part, stat_ptr=part.new_empty(batch, heads, q_len, parts, 2), heads=heads)
         | dict(parts=parts, shared_splits=shared_splits, own_splits=own_splits)
-        | dict(VALUE_DIM=value_dim, VALUE_PAD=value_pad, VALUE_HEADS=value_heads)
+        | value_options
     )
     stretches = Launch(
         _decode_kernel,

@@ -94,6 +94,13 @@ def image_arguments(image_mask: Tensor | None) -> dict[str, Any]:
     return operand("image", "ib in", None if image_mask is None else image_mask.view(torch.uint8))
 
 
+def value_groups(kv_heads: int, value_dim: int, tile: Tile) -> tuple[int, dict[str, int]]:
+    """In how many groups the value heads share maps, tile.value_width features side by side, and their constexprs."""
+    pad = max(16, triton.next_power_of_2(value_dim))
+    together = max(1, min(tile.value_width // pad, triton.next_power_of_2(kv_heads)))
+    return triton.cdiv(kv_heads, together), dict(VALUE_DIM=value_dim, VALUE_PAD=pad, VALUE_HEADS=together)
+
+
 def narrow(tensor: Tensor) -> Tensor:
     """The tensor, copied if an offset within a tile would not fit 32 bits."""
     return tensor.contiguous() if any(stride * 512 >= 2**31 for stride in tensor.stride()[2:]) else tensor

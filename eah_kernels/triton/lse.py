@@ -15,12 +15,9 @@ from eah_kernels.triton.primitives import (
     NO_MASK,
     at,
     count_image_tokens,
-    dot_rows,
     key_range,
     load_operand,
-    mask_tile,
-    score_tile,
-    shown_keys,
+    score_block,
 )
 
 LSE_PAD = 128
@@ -70,7 +67,6 @@ def _lse_kernel(
     if start_m >= q_len:
         tl.store(minus_lse_ptr + local_m, tl.full([BLOCK_M], float("-inf"), tl.float32))
         return
-    local_n = tl.arange(0, BLOCK_N)
     real = start_m + local_m < q_len
     q, q_tail = load_operand(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -86,20 +82,11 @@ def _lse_kernel(
             if EDGE and BOTH_SIDES:
                 start_n += tl.where(start_n < full, 0, edge - full)
             start_n = tl.multiple_of(start_n, BLOCK_N)
-            keep = start_n + local_n < (kv_len if EDGE else start_n + BLOCK_N)
-            TILE_MASK: tl.constexpr = MASK if EDGE and BY_KEY else NO_MASK
-            keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, TILE_MASK)
-            k, k_tail = load_operand(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
-            qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)  # [BLOCK_M, BLOCK_N]
-            score, _ = score_tile(
-                qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
-                scale, cap, window, TILE_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE and BY_KEY, True,
+            score, _ = score_block(
+                q, q_tail, start_m, start_n, k_ptr, stride_kn, stride_kd, mask_ptr, stride_mm, stride_mn,
+                words_ptr, stride_wn, biased, q_len, kv_len, scale, cap, window,
+                HEAD_DIM, MAIN, TAIL, PRECISION, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE, BLOCK_N,
             )  # fmt: skip
-            if EDGE and not BY_KEY:
-                score = mask_tile(
-                    score, start_m, start_n, words_ptr, stride_wn, biased,
-                    at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn), stride_mm, stride_mn, MASK,
-                )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(score, 1))
             row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(score - new_max[:, None]), 1)
             row_max = new_max

@@ -69,6 +69,18 @@ def shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, MASK: tl.constexpr):
 
 
 @triton.jit
+def value_columns(
+    first_value, kv_heads, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, VALUE_HEADS: tl.constexpr
+):  # fmt: skip
+    """Of the VALUE_HEADS value heads from first_value on, side by side: which of them a column belongs to, its feature,
+    whether there is one."""
+    wide = tl.arange(0, VALUE_HEADS * VALUE_PAD)
+    member = wide // VALUE_PAD
+    feature = wide % VALUE_PAD
+    return member, feature, (feature < VALUE_DIM) & (first_value + member < kv_heads)
+
+
+@triton.jit
 def dot_rows(a, b, a_tail, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T over the head dim, which is a main part and, for dims such as 80 or 192, a tail."""
     product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
@@ -94,19 +106,20 @@ def score_tile(
     """Scores, -inf where hidden, and the visible pairs of rows start_m + local_m and keys start_n + local_n.
 
     local_m and local_n broadcast to the tile, in either order. A (B, Skv) mask hides by adding -inf a column, which
-    its keys, loaded as zeros, allow; it is left out of the visible pairs. EDGE = False: no pair of the tile is hidden
-    by its position. OWN = False hides every row's own key too. The caller drops rows past q_len, and under CAUSAL keys
-    past kv_len, which only such rows see. With SOFTCAP, scale is scale / softcap and cap is log2(e) softcap.
+    its keys, loaded as zeros, allow; it is left out of the visible pairs. EDGE = False: no pair of the tile is hidden,
+    by its position or by a mask. OWN = False hides every row's own key too. The caller drops rows past q_len, and
+    under CAUSAL keys past kv_len, which only such rows see. With SOFTCAP, scale is scale / softcap and cap is
+    log2(e) softcap.
     """
     if SOFTCAP:
         score = cap * tanh(qk * scale)
     else:
         score = qk * scale
     visible = tl.full(qk.shape, 1, tl.int1)
-    row = start_m + local_m
-    key = start_n + local_n
-    inside = key < kv_len
     if EDGE:
+        row = start_m + local_m
+        key = start_n + local_n
+        inside = key < kv_len
         position = row + (kv_len - q_len)
         if CAUSAL:
             visible = visible & (key <= position if OWN else key < position)
@@ -114,18 +127,16 @@ def score_tile(
             visible = visible & (inside if OWN else inside & (key != position))
         if WINDOW:
             visible = visible & (key > position - window)
-    if MASK == KEY_MASK:
-        bias = at(mask_ptr, start_n, stride_mn) + local_n * stride_mn
-        score += tl.load(bias, mask=inside, other=0) if EDGE else tl.load(bias)
-    elif MASK != NO_MASK:
-        tile = at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn) + local_m * stride_mm + local_n * stride_mn
-        entry = tl.load(tile, mask=inside & (row < q_len), other=0 if MASK == BOOL_MASK else float("-inf"))
-        if MASK == BOOL_MASK:
-            visible = visible & (entry != 0)
-        else:
-            visible = visible & (entry > HIDDEN)
-            score += entry.to(tl.float32) * LOG2E
-    if EDGE or (MASK != NO_MASK and MASK != KEY_MASK):
+        if MASK == KEY_MASK:
+            score += tl.load(at(mask_ptr, start_n, stride_mn) + local_n * stride_mn, mask=inside, other=0)
+        elif MASK != NO_MASK:
+            tile = at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn) + local_m * stride_mm + local_n * stride_mn
+            entry = tl.load(tile, mask=inside & (row < q_len), other=0 if MASK == BOOL_MASK else float("-inf"))
+            if MASK == BOOL_MASK:
+                visible = visible & (entry != 0)
+            else:
+                visible = visible & (entry > HIDDEN)
+                score += entry.to(tl.float32) * LOG2E
         score = tl.where(visible, score, float("-inf"))
     return score, visible
 
@@ -173,6 +184,38 @@ def mask_tile(
             entry = tl.load(entry_ptr + local_a * stride_a + local_b * stride_b, mask=visible, other=0)
             score += entry.to(tl.float32) * LOG2E
     return tl.where(visible, score, float("-inf"))
+
+
+@triton.jit
+def score_block(
+    q, q_tail, start_m, start_n, k_ptr, stride_kn, stride_kd, mask_ptr, stride_mm, stride_mn, words_ptr, stride_wn,
+    biased, q_len, kv_len, scale, cap, window,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    EDGE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores of rows q, start_m and on, and BLOCK_N keys, start_n and on, -inf where hidden; which keys were loaded.
+
+    EDGE = False: the rows see all of the keys.
+    """
+    local_m = tl.arange(0, q.shape[0])
+    local_n = tl.arange(0, BLOCK_N)
+    BY_KEY: tl.constexpr = MASK == NO_MASK or MASK == KEY_MASK
+    TILE_MASK: tl.constexpr = MASK if EDGE and BY_KEY else NO_MASK
+    keep = start_n + local_n < (kv_len if EDGE else start_n + BLOCK_N)
+    keep = shown_keys(start_n, local_n, keep, mask_ptr, stride_mn, TILE_MASK)
+    k, k_tail = load_operand(k_ptr, start_n, keep, stride_kn, stride_kd, MAIN, TAIL, HEAD_DIM)
+    qk = dot_rows(q, k, q_tail, k_tail, TAIL, PRECISION)
+    score, _ = score_tile(
+        qk, start_m, local_m[:, None], start_n, local_n[None, :], q_len, kv_len, mask_ptr, stride_mm, stride_mn,
+        scale, cap, window, TILE_MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE and BY_KEY, True,
+    )  # fmt: skip
+    if EDGE and not BY_KEY:
+        score = mask_tile(
+            score, start_m, start_n, words_ptr, stride_wn, biased,
+            at(at(mask_ptr, start_m, stride_mm), start_n, stride_mn), stride_mm, stride_mn, MASK,
+        )  # fmt: skip
+    return score, keep
 
 
 @triton.jit

@@ -47,8 +47,7 @@ def what_arrived(layer, implementation, query, key, value, attention_mask, prefi
     q_len = query.shape[2]
     key, value = key[:, :, :q_len], value[:, :, :q_len]
     image_mask = prefill.image_mask.to(query.device)
-    is_causal = kwargs.get("is_causal")
-    is_causal = bool(getattr(layer.module, "is_causal", True) if is_causal is None else is_causal)
+    is_causal = _is_causal(layer, kwargs)
     if implementation in FLASH:
         padding = None if attention_mask is None else attention_mask[:, :q_len].bool()
         return Call(key, value, image_mask, padding, is_causal, kwargs.get("sliding_window"))
@@ -72,9 +71,7 @@ def what_arrived_later(layer, implementation, query, key, value, attention_mask,
         if attention_mask is not None:
             written = attention_mask.shape[1]
             key, value, attention_mask = key[:, :, :written], value[:, :, :written], attention_mask.bool()
-        is_causal = kwargs.get("is_causal")
-        is_causal = bool(getattr(layer.module, "is_causal", True) if is_causal is None else is_causal)
-        return Call(key, value, None, attention_mask, is_causal, kwargs.get("sliding_window"))
+        return Call(key, value, None, attention_mask, _is_causal(layer, kwargs), kwargs.get("sliding_window"))
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         attention_mask = _dense(attention_mask, query.device)
     return Call(key, value, None, attention_mask, False)
@@ -123,6 +120,11 @@ def _dense(block_mask, device) -> Tensor:
 
     batch, heads, q_len, kv_len = block_mask.shape
     return create_mask(block_mask.mask_mod, batch, heads, q_len, kv_len, device)
+
+
+def _is_causal(layer, kwargs) -> bool:
+    told = kwargs.get("is_causal")
+    return bool(getattr(layer.module, "is_causal", True) if told is None else told)
 
 
 def _plain_causal(config, kwargs) -> bool:

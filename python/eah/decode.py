@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eah_kernels import receiving_heads, select_head, sink_statistics
+from eah_kernels import Scoring, receiving_heads, select_head, sink_statistics
 
 MODES = ("off", "hold", "track")
 CACHE = "eah_cache"  # the keyword that carries the cache to the attention function
@@ -191,23 +191,10 @@ def with_new_tokens(carried: Carried, image_mask: Tensor | None) -> Carried:
 
 def bias_of(attention_mask: Tensor | None, causal: bool, window: int | None, q_len: int, key: Tensor) -> Tensor:
     """What the rows add to their scores, (B|1, 1|Hq, Sq, Skv) float32, -inf where a key is hidden."""
-    kv_len = key.shape[2]
-    bias = torch.zeros(1, 1, q_len, kv_len, dtype=torch.float32, device=key.device)
-    if attention_mask is not None:
-        if attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, None, None]
-        if attention_mask.dtype == torch.bool:
-            bias = torch.where(attention_mask, bias, -math.inf)
-        else:
-            hidden = attention_mask <= torch.finfo(attention_mask.dtype).min / 2
-            bias = attention_mask.float().masked_fill(hidden, -math.inf)
-    slot = torch.arange(kv_len, device=key.device)
-    own = torch.arange(kv_len - q_len, kv_len, device=key.device)[:, None]
-    if causal:
-        bias = bias.masked_fill(slot > own, -math.inf)
-    if window is not None:
-        bias = bias.masked_fill(slot <= own - window, -math.inf)
-    return bias
+    scoring, every = Scoring(attention_mask, causal, sliding_window=window), slice(None)
+    visible, bias = scoring.visible(q_len, key.shape[2], key.device, every, every), scoring.bias(every, every)
+    bias = torch.zeros((), device=key.device) if bias is None else bias
+    return torch.where(visible, bias.float(), -math.inf)
 
 
 def track(layer, query: Tensor, key: Tensor, bias: Tensor, image_mask: Tensor | None, settings, rules) -> list[Carried]:
