@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -103,6 +104,31 @@ def surrounded(tensor: Tensor) -> Tensor:
     memory = tensor.new_full((tensor.numel() + 4096,), torch.nan)
     inside = memory[2048 : 2048 + tensor.numel()].view(tensor.shape)
     return inside.copy_(tensor)
+
+
+LAYOUTS = ["sliced", "expanded", "reversed", "misaligned", "negated"]
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values elsewhere in memory, among NaN, True or 0: reading past them shows.
+
+    sliced: every stride doubled; expanded: one batch row for all; reversed: the dimensions in the opposite order;
+    misaligned: one element off a 16-byte boundary; negated: floats kept with the opposite sign, as torch's views of
+    complex tensors may.
+    """
+    if layout == "negated" and tensor.is_floating_point():
+        return torch._neg_view(-tensor)
+    if layout == "expanded":
+        return laid_out(tensor[:1], "misaligned").expand_as(tensor)
+    if layout == "reversed":
+        order = range(tensor.dim() - 1, -1, -1)
+        return tensor.permute(*order).contiguous().permute(*order)
+    step = 2 if layout == "sliced" else 1
+    shape = [step * size for size in tensor.shape]
+    filler = torch.nan if tensor.is_floating_point() else tensor.dtype == torch.bool
+    memory = torch.full((math.prod(shape) + 64,), filler, dtype=tensor.dtype, device=tensor.device)
+    wide = memory[1 : 1 + math.prod(shape)].view(shape)
+    return wide[tuple(slice(None, None, step) for _ in shape)].copy_(tensor)
 
 
 def make_image(case: Case, kv_len: int, generator) -> Tensor:

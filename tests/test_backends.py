@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eah_kernels import eah_attention, reference, seeing_rows
-from support import NATIVE, Case, check, exact, make, run
+from eah_kernels import eah_attention, reference, seeing_rows, shared_map_attention, sink_statistics
+from support import LAYOUTS, NATIVE, Case, check, exact, laid_out, make, run
 
 SHAPES = [
     Case(q_len=1),
@@ -72,6 +72,34 @@ def test_float32(case, backend, kernel_device):
 @pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
 def test_float16(case, backend, kernel_device):
     check(case, backend, torch.float16, kernel_device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("mask", "q_len"), [("left", 1), ("bool_heads", 5), ("bias", 20)])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])
+def test_no_operand_needs_a_layout(backend, mask, q_len, layout, kernel_device):
+    """Every operand laid out alike: the same values give the same results, whatever lies between them in memory."""
+    case = Case(heads=2, kv_heads=1, q_len=q_len, kv_len=33, dim=16, image="all", mask=mask)
+    inputs = make(case, device=kernel_device)
+    threshold = exact(inputs)[-1]
+    head = torch.tensor([1, -1], dtype=torch.int32, device=kernel_device)
+    receives = torch.tensor([[True, False], [False, True]], device=kernel_device)
+    operands = [inputs.query, inputs.key, inputs.value, inputs.image_mask, head, receives, inputs.attention_mask]
+    if layout == "expanded":  # the first batch row stands for all
+        operands = [tensor[:1].repeat(2, *[1] * (tensor.dim() - 1)) for tensor in operands]
+
+    def results(query, key, value, image, head, receives, mask):
+        options = dict(attention_mask=mask, backend=backend)
+        return (
+            *eah_attention(query, key, value, image, threshold=threshold, **options),
+            *sink_statistics(query, key, image, threshold=threshold, return_column_mean=True, **options),
+            shared_map_attention(query, key, value, head, **options),
+            shared_map_attention(query, key, value, head, receives=receives, **options),
+        )
+
+    want, got = results(*operands), results(*(laid_out(tensor, layout) for tensor in operands))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", SHAPES + MASKS, ids=str)

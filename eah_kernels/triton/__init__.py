@@ -52,6 +52,7 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
 
 def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     problem = Problem(query, key, scoring)
+    head = head.contiguous()
     batch, heads, q_len, _ = query.shape
     output = empty_output(query, value)
     if q_len <= _decode.MAX_ROWS:
