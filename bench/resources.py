@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from eah_kernels.masks import Scoring
 from eah_kernels.ops import empty_output
 from eah_kernels.triton import attend, decode, lse, pack, sinks
+from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.configs import HEAD_DIMS, TILES
 from eah_kernels.triton.launch import Launch, Problem
 from sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop
@@ -144,15 +145,16 @@ def make_launch(row: Row) -> Launch:
     mask = None if row.kind == "plain" else mask
     problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target)
     image_mask = empty(batch, length, dtype=torch.bool)
-    head, counts, progress = (empty(batch, *shape, dtype=torch.int32) for shape in ((), (heads,), (2,)))
+    tally = Tally(*(empty(batch, *shape, dtype=torch.int32) for shape in ((heads,), (2,))))
+    head = empty(batch, dtype=torch.int32)
     minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
     packing = pack.pack(problem) if problem.mask_form and row.kernel != "decode" else None
     if row.kernel == "pack":
         return packing
     if row.kernel == "lse":
-        return lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=counts, progress=progress)
+        return lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally)
     if row.kernel == "sinks":
-        return sinks.sinks(problem, image_mask, minus_lse, 0.002, counts, head=head, progress=progress)
+        return sinks.sinks(problem, image_mask, minus_lse, 0.002, tally, choice=Choice(head, 0.0))
     output = empty_output(query, value)
     if row.kernel == "decode":
         return decode.decode(problem, value, head, output)[0]

@@ -12,6 +12,7 @@ from eah_kernels.triton import decode as _decode
 from eah_kernels.triton import lse as _lse
 from eah_kernels.triton import pack as _pack
 from eah_kernels.triton import sinks as _sinks
+from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import LOG2E, Problem
 
 
@@ -20,15 +21,14 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     batch, heads, q_len, _ = query.shape
     sink_counts = query.new_empty(batch, heads, dtype=torch.int32)
     minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
-    progress = query.new_empty(batch, 2, dtype=torch.int32)
+    tally = Tally(sink_counts, query.new_empty(batch, 2, dtype=torch.int32))
     head = query.new_empty(batch, dtype=torch.int32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
         if problem.mask_form:
             _pack.pack(problem).run()
-        _lse.lse(problem, minus_lse, image_mask=image_mask, sink_counts=sink_counts, progress=progress).run()
-        choice = dict(head=head, progress=progress, min_density=min_density)
-        _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts, **choice).run()
+        _lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally).run()
+        _sinks.sinks(problem, image_mask, minus_lse, threshold, tally, choice=Choice(head, min_density)).run()
         _attend.attend(problem, value, head, output, minus_lse).run()
     return output, head, sink_counts
 
@@ -45,7 +45,7 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
             _pack.pack(problem).run()
         _lse.lse(problem, minus_lse).run()
         mean = column_mean if return_column_mean else None
-        _sinks.sinks(problem, image_mask, minus_lse, threshold, sink_counts, column_mean=mean).run()
+        _sinks.sinks(problem, image_mask, minus_lse, threshold, Tally(sink_counts), column_mean=mean).run()
     natural = minus_lse[..., :q_len] / -LOG2E
     return sink_counts, torch.where(natural == torch.inf, -torch.inf, natural), column_mean
 

@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from eah_kernels.masks import Scoring
+from eah_kernels.triton.bundles import BIAS_MASK, BOOL_MASK, KEY_MASK, NO_MASK, Packed, Rules, Scale, Values, View
 from eah_kernels.triton.configs import Tile, find_tile
-from eah_kernels.triton.primitives import BIAS_MASK, BOOL_MASK, KEY_MASK, NO_MASK
 
 LOG2E = math.log2(math.e)
 LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
@@ -36,69 +36,83 @@ class Problem:
     def __init__(self, query: Tensor, key: Tensor, scoring: Scoring, target: str | None = None):
         self.query, self.key = narrow(query), narrow(key)
         self.target = target or device_target(query.device)
-        head_dim, kv_len = query.shape[-1], key.shape[2]
-        mask, self.mask_form, hidden = scoring.attention_mask, NO_MASK.value, 0.0
-        if mask is None:
-            mask = query.new_empty(1, 1, 1, 1)  # never read
-        elif mask.dim() == 2:
-            mask = torch.where(mask, 0.0, -torch.inf).float()[:, None, None]
-            self.mask_form, hidden = KEY_MASK.value, -math.inf
-        elif mask.dtype == torch.bool:
-            self.mask_form = BOOL_MASK.value
-        else:
-            self.mask_form, hidden = BIAS_MASK.value, torch.finfo(mask.dtype).min / 2
-        if mask.dtype == torch.bool:
-            mask = mask.view(torch.uint8)
-        self.mask = narrow(mask)
+        self.mask, self.mask_form, hidden = kernel_mask(scoring.attention_mask)
         self.packed = None  # pack.py fills it
+        head_dim, kv_len, windowed = query.shape[-1], key.shape[2], scoring.sliding_window is not None
+        self.masked = self.mask is not None or windowed
         main = 1 << (head_dim.bit_length() - 1)
         tail = max(16, triton.next_power_of_2(head_dim - main)) if head_dim > main else 0
         if main < 16 or main + tail >= 2 * main:
             main, tail = max(16, triton.next_power_of_2(head_dim)), 0
-        scale, cap = scoring.scale * LOG2E, 0.0
+        scale = Scale(scoring.scale * LOG2E, 0.0)
         if scoring.softcap is not None:
-            scale, cap = scoring.scale / scoring.softcap, scoring.softcap * LOG2E
-        self.arguments = (
-            operand("q", "qb qh qm qd", self.query)
-            | operand("k", "kb kh kn kd", self.key)
-            | operand("mask", "mb mh mm mn", self.mask.expand(*query.shape[:3], kv_len))
-            | dict(batch=query.shape[0], q_len=query.shape[2], kv_len=kv_len, GROUP=query.shape[1] // key.shape[1])
-            | dict(scale=scale, cap=cap, window=scoring.sliding_window or 0)
-            | dict(HEAD_DIM=head_dim, MAIN=main, TAIL=tail, PRECISION=self._precision())
-            | dict(MASK=self.mask_form, HIDDEN=hidden, CAUSAL=scoring.causal)
-            | dict(WINDOW=scoring.sliding_window is not None, SOFTCAP=scoring.softcap is not None)
+            scale = Scale(scoring.scale / scoring.softcap, scoring.softcap * LOG2E)
+        self.rules = Rules(
+            GROUP=query.shape[1] // key.shape[1],
+            HEAD_DIM=head_dim,
+            MAIN=main,
+            TAIL=tail,
+            # Never plain TF32. For 16-bit operands it means nothing.
+            PRECISION="ieee" if self.target in ("gfx942", "interpreter") else "tf32x3",
+            MASK=self.mask_form,
+            HIDDEN=hidden,
+            CAUSAL=scoring.causal,
+            WINDOW=windowed,
+            SOFTCAP=scoring.softcap is not None,
+            BY_KEY=self.mask_form in (NO_MASK.value, KEY_MASK.value),
+            BOTH_SIDES=self.masked,
+        )
+        mask = None if self.mask is None else view(self.mask.expand(*query.shape[:3], kv_len))
+        self.arguments = dict(q=view(self.query), k=view(self.key), mask=mask, batch=query.shape[0]) | dict(
+            q_len=query.shape[2], kv_len=kv_len, window=scoring.sliding_window or 0, scale=scale, R=self.rules
         )
 
-    def packed_operand(self, name: str, strides: str, field: str | None = None) -> dict[str, Any]:
-        """A field of the packed mask, for every batch row and head; nothing where it has none."""
-        tensor = getattr(self.packed, field or name, None)
-        return operand(name, strides, None if tensor is None else tensor.expand(*self.query.shape[:2], -1, -1))
+    def packed_for_keys(self) -> Packed:
+        """The packed mask for a kernel that walks the keys of a row block; empty without a mask."""
+        packed = self.packed
+        return Packed() if packed is None else self._every_head(packed.words, packed.cells, packed.seen)
+
+    def packed_for_rows(self) -> Packed:
+        """The packed mask for a kernel that walks the rows of a key block."""
+        packed = self.packed
+        if packed is None:
+            return Packed()
+        return self._every_head(packed.column_words, packed.column_cells, None, packed.column_counts, packed.before)
+
+    def _every_head(self, *tensors: Tensor | None) -> Packed:
+        """Views over every batch row and head, also where one mask serves them all."""
+        shape = self.query.shape[:2]
+        return Packed(*(None if tensor is None else view(tensor.expand(*shape, -1, -1)) for tensor in tensors))
+
+    def image(self, image_mask: Tensor | None) -> View | None:
+        return None if image_mask is None else view(image_mask.view(torch.uint8), "b column")
 
     def tile(self, kernel: str, value_dim: int = 0) -> Tile:
-        masked = self.mask_form != NO_MASK.value or self.arguments["WINDOW"]
-        return find_tile(kernel, self.target, max(self.query.shape[-1], value_dim), self.query.dtype, masked)
-
-    def _precision(self) -> str:
-        """How a float32 product is made; never plain TF32. For 16-bit operands it means nothing."""
-        return "ieee" if self.target in ("gfx942", "interpreter") else "tf32x3"
+        return find_tile(kernel, self.target, max(self.query.shape[-1], value_dim), self.query.dtype, self.masked)
 
 
-def operand(name: str, strides: str, tensor: Tensor | None) -> dict[str, Any]:
-    """name_ptr and the strides; a last dimension without a name in `strides` is contiguous."""
-    names = strides.split()
-    numbers = [0] * len(names) if tensor is None else tensor.stride()[: len(names)]
-    return {f"{name}_ptr": tensor} | {f"stride_{s}": n for s, n in zip(names, numbers, strict=True)}
+def kernel_mask(mask: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """The mask as the kernels read it, 4-D, its form, and the highest entry that hides a key."""
+    if mask is None:
+        return None, NO_MASK.value, 0.0
+    if mask.dim() == 2:
+        return narrow(torch.where(mask, 0.0, -torch.inf).float()[:, None, None]), KEY_MASK.value, -math.inf
+    if mask.dtype == torch.bool:
+        return narrow(mask.view(torch.uint8)), BOOL_MASK.value, 0.0
+    return narrow(mask), BIAS_MASK.value, torch.finfo(mask.dtype).min / 2
 
 
-def image_arguments(image_mask: Tensor | None) -> dict[str, Any]:
-    return operand("image", "ib in", None if image_mask is None else image_mask.view(torch.uint8))
+def view(tensor: Tensor, dimensions: str = "b h row column") -> View:
+    """The tensor's View; `dimensions` names what its dimensions are."""
+    strides = dict(zip(dimensions.split(), tensor.stride(), strict=True))
+    return View(tensor, *(strides.get(name, 0) for name in View._fields[1:]))
 
 
-def value_groups(kv_heads: int, value_dim: int, tile: Tile) -> tuple[int, dict[str, int]]:
-    """In how many groups the value heads share maps, tile.value_width features side by side, and their constexprs."""
+def value_groups(kv_heads: int, value_dim: int, tile: Tile) -> tuple[int, Values]:
+    """In how many groups the value heads share maps, tile.value_width features side by side, and of what form."""
     pad = max(16, triton.next_power_of_2(value_dim))
     together = max(1, min(tile.value_width // pad, triton.next_power_of_2(kv_heads)))
-    return triton.cdiv(kv_heads, together), dict(VALUE_DIM=value_dim, VALUE_PAD=pad, VALUE_HEADS=together)
+    return triton.cdiv(kv_heads, together), Values(value_dim, pad, together)
 
 
 def narrow(tensor: Tensor) -> Tensor:

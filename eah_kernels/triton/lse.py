@@ -8,117 +8,84 @@ the next pass adds to.
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, image_arguments
-from eah_kernels.triton.primitives import (
-    KEY_MASK,
-    LOWEST,
-    NO_MASK,
-    at,
-    count_image_tokens,
-    key_range,
-    load_operand,
-    score_block,
-)
+from eah_kernels.triton.bundles import NO_MASK, Sizes, Tally
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, view
+from eah_kernels.triton.loads import count_image_tokens, head_of, load_operand
+from eah_kernels.triton.ranges import AFTER, key_range, place, walk
+from eah_kernels.triton.scores import LOWEST, score_block
 
 LSE_PAD = 128
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _lse_kernel(
-    q_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
-    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
-    mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-    words_ptr, stride_wb, stride_wh, stride_wn, cells_ptr, stride_cb, stride_ch, stride_cm,
-    image_ptr, stride_ib, stride_in, head_ptr, count_ptr, progress_ptr, minus_lse_ptr, stride_lb, stride_lh,
-    batch, heads, q_len, kv_len, scale, cap, window,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    CHOSEN: tl.constexpr, SKIP_TEXT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, mask, packed, image, head_ptr, tally, minus_lse, batch, heads, q_len, kv_len, window, scale,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """CHOSEN: only head head_ptr[b], nothing where it is -1. SKIP_TEXT: nothing for a batch row without image token."""
+    """With a head_ptr only head head_ptr[b], nothing where it is -1. With an image nothing for a batch row without an
+    image token; the tally is then counted and zeroed."""
+    sizes = Sizes(q_len, kv_len, window)
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
     start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
-    minus_lse_ptr = at(at(minus_lse_ptr, b, stride_lb), h, stride_lh) + start_m
-    if CHOSEN:
+    out_ptr = head_of(minus_lse, b, h).ptr + start_m
+    if head_ptr is not None:
         h = tl.load(head_ptr + b)
         if h < 0:
             return
-    if SKIP_TEXT:
-        image_tokens = count_image_tokens(at(image_ptr, b, stride_ib), stride_in, kv_len)
+    if image is not None:
+        image_tokens = count_image_tokens(image, b, kv_len)
         if start_m == 0:
-            tl.store(count_ptr + b * heads + h, 0)
+            tl.store(tally.counts + b * heads + h, 0)
             if h == 0:
-                tl.store(progress_ptr + 2 * b, 0)
-                tl.store(progress_ptr + 2 * b + 1, image_tokens)
+                tl.store(tally.progress + 2 * b, 0)
+                tl.store(tally.progress + 2 * b + 1, image_tokens)
         if image_tokens == 0:
             return
-    q_ptr = at(at(q_ptr, b, stride_qb), h, stride_qh)
-    k_ptr = at(at(k_ptr, b, stride_kb), h // GROUP, stride_kh)
-    mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
-    BY_KEY: tl.constexpr = MASK == NO_MASK or MASK == KEY_MASK
-    if MASK != NO_MASK:
-        cells_ptr = at(at(cells_ptr, b, stride_cb), h, stride_ch)
-    if not BY_KEY:
-        words_ptr = at(at(words_ptr, b, stride_wb), h, stride_wh)
+    q, k = head_of(q, b, h), head_of(k, b, h // R.GROUP)
+    cells, words = packed.cells, packed.words
+    if R.MASK != NO_MASK:
+        mask, cells = head_of(mask, b, h), head_of(cells, b, h)
+    if not R.BY_KEY:
+        words = head_of(words, b, h)
 
     local_m = tl.arange(0, BLOCK_M)
     if start_m >= q_len:
-        tl.store(minus_lse_ptr + local_m, tl.full([BLOCK_M], float("-inf"), tl.float32))
+        tl.store(out_ptr + local_m, tl.full([BLOCK_M], float("-inf"), tl.float32))
         return
     real = start_m + local_m < q_len
-    q, q_tail = load_operand(q_ptr, start_m, real, stride_qm, stride_qd, MAIN, TAIL, HEAD_DIM)
+    rows = load_operand(q, start_m, real, R)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    first, full, edge, last, biased = key_range(
-        start_m, q_len, kv_len, window, cells_ptr, stride_cm, MASK, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
-    )
-    BOTH_SIDES: tl.constexpr = MASK != NO_MASK or WINDOW
+    span = key_range(start_m, sizes, cells, R, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(2):  # the blocks that every row sees, then the others
-        begin = full if not EDGE else first if BOTH_SIDES else edge
-        end = edge if not EDGE else last - (edge - full) if BOTH_SIDES else last
+        begin, end = walk(span, EDGE, AFTER, R.BOTH_SIDES)
         for start_n in range(begin, end, BLOCK_N):
-            if EDGE and BOTH_SIDES:
-                start_n += tl.where(start_n < full, 0, edge - full)
-            start_n = tl.multiple_of(start_n, BLOCK_N)
-            score, _ = score_block(
-                q, q_tail, start_m, start_n, k_ptr, stride_kn, stride_kd, mask_ptr, stride_mm, stride_mn,
-                words_ptr, stride_wn, biased, q_len, kv_len, scale, cap, window,
-                HEAD_DIM, MAIN, TAIL, PRECISION, MASK, HIDDEN, CAUSAL, WINDOW, SOFTCAP, EDGE, BLOCK_N,
-            )  # fmt: skip
+            start_n = place(span, tl.multiple_of(start_n, BLOCK_N), EDGE, R.BOTH_SIDES, BLOCK_N)
+            score, _ = score_block(rows, start_m, start_n, k, mask, words, span, sizes, scale, R, EDGE, BLOCK_N)
             new_max = tl.maximum(row_max, tl.max(score, 1))
             row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(score - new_max[:, None]), 1)
             row_max = new_max
-    minus_lse = tl.where(real & (row_sum != 0), -row_max - tl.log2(row_sum), float("-inf"))
-    tl.store(minus_lse_ptr + local_m, minus_lse)
+    lse = tl.where(real & (row_sum != 0), -row_max - tl.log2(row_sum), float("-inf"))
+    tl.store(out_ptr + local_m, lse)
 
 
-def lse(problem: Problem, out, *, image_mask=None, sink_counts=None, progress=None, head=None) -> Launch:
+def lse(problem: Problem, out, *, image_mask=None, tally: Tally | None = None, head=None) -> Launch:
     """Fills out (B, Hq, padded_length) float32 for every head, or out (B, 1, padded_length) for head (B,).
 
-    With image_mask, batch rows without image token are left out, sink_counts (B, Hq) int32 zeroed, and each row of
-    progress (B, 2) int32 set to 0 and the number of its image tokens.
+    With image_mask, batch rows without image token are left out, and the tally is begun: no sinks, no program done, and
+    the number of each row's image tokens.
     """
     tile = problem.tile("lse")
-    batch = problem.query.shape[0]
+    batch, heads = out.shape[:2]
     return Launch(
         _lse_kernel,
-        batch * out.shape[1] * (out.shape[2] // tile.block_m),
+        batch * heads * (out.shape[2] // tile.block_m),
         tile,
         problem.arguments
-        | problem.packed_operand("words", "wb wh wn")
-        | problem.packed_operand("cells", "cb ch cm")
-        | image_arguments(image_mask)
-        | dict(
-            head_ptr=head,
-            count_ptr=sink_counts,
-            progress_ptr=progress,
-            minus_lse_ptr=out,
-            stride_lb=out.stride(0),
-            stride_lh=out.stride(1),
-        )
-        | dict(heads=out.shape[1], CHOSEN=head is not None, SKIP_TEXT=image_mask is not None),
+        | dict(packed=problem.packed_for_keys(), image=problem.image(image_mask), head_ptr=head, tally=tally)
+        | dict(minus_lse=view(out, "b h column"), heads=heads),
     )
 
 

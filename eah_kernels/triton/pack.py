@@ -16,15 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eah_kernels.triton.bundles import BIASED, CELL, HIDES, KEY_MASK, SHOWS, Packed, Scale, Sizes
 from eah_kernels.triton.configs import Tile
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, operand
-from eah_kernels.triton.primitives import BIASED, CELL, HIDES, KEY_MASK, SHOWS, at, counting_rows, score_tile
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, view
+from eah_kernels.triton.loads import at, head_of, row_of
+from eah_kernels.triton.scores import counting_rows, score_tile
 
 PAD = 128  # what is kept per row or key is padded to a multiple of this and so of every tile: no bounds to test
 CHUNK: tl.constexpr = tl.constexpr(1024)
 
 
-class Packed(NamedTuple):
+class PackedMask(NamedTuple):
     """MB and MH are 1 where one mask serves all; rows and keys are padded to PAD."""
 
     cells: Tensor  # (MB, MH, rows / CELL, keys / CELL) uint8, of SHOWS, HIDES, BIASED; of a (B, Skv) mask (B, 1, 1, ..)
@@ -42,80 +44,75 @@ def kind_of(visible, hidden):
 
 
 @triton.jit
-def store_words(ptr, stride, visible, AXIS: tl.constexpr):
-    """A word for every 32 pairs of a [CELL, CELL] tile along AXIS."""
+def store_words(words, start, visible, AXIS: tl.constexpr):
+    """A word for every 32 pairs of a [CELL, CELL] tile along AXIS, from `start` on across it."""
     along = tl.arange(0, CELL)
     bits = visible.to(tl.int32) << tl.expand_dims(along % 32, 1 - AXIS)
     for word in tl.static_range(CELL // 32):
         packed = tl.sum(tl.where(tl.expand_dims(along // 32 == word, 1 - AXIS), bits, 0), AXIS)
-        tl.store(at(ptr, word, stride) + along, packed)
+        tl.store(at(words.ptr, word, words.row) + start + along, packed)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "row_cells", "key_cells"])
-def _pack_kernel(
-    mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,
-    words_ptr, stride_wb, stride_wh, stride_wn, cells_ptr, stride_cb, stride_ch, stride_cm,
-    seen_ptr, stride_sb, stride_sh, stride_sm,
-    column_words_ptr, stride_xb, stride_xh, stride_xm, column_cells_ptr, stride_yb, stride_yh, stride_yn,
-    column_counts_ptr, stride_zb, stride_zh, stride_zm,
-    heads, row_cells, key_cells, q_len, kv_len, window,
-    MASK: tl.constexpr, HIDDEN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+def _pack_kernel(mask, rows, columns, heads, row_cells, key_cells, q_len, kv_len, window, R: tl.constexpr):
+    """rows: what kernels that walk keys read; columns: what those that walk rows read."""
+    sizes = Sizes(q_len, kv_len, window)
     pid = tl.program_id(0)
     key_cell = pid % key_cells
     row_cell = pid // key_cells % row_cells
     h = pid // (key_cells * row_cells) % heads
     b = pid // (key_cells * row_cells) // heads
-    mask_ptr = at(at(mask_ptr, b, stride_mb), h, stride_mh)
+    mask = head_of(mask, b, h)
     start_m, start_n = row_cell * CELL, key_cell * CELL
     local = tl.arange(0, CELL)
     row, key = (start_m + local)[:, None], (start_n + local)[None, :]
     score, visible = score_tile(
-        tl.zeros([CELL, CELL], tl.float32), start_m, local[:, None], start_n, local[None, :], q_len, kv_len,
-        mask_ptr, stride_mm, stride_mn, 0.0, 0.0, window, MASK, HIDDEN, CAUSAL, WINDOW, False, True, True,
+        tl.zeros([CELL, CELL], tl.float32), start_m, local[:, None], start_n, local[None, :], sizes, mask,
+        Scale(0.0, 0.0), R, R.MASK, True, True,
     )  # fmt: skip
     inside = (row < q_len) & (key < kv_len)
     visible = visible & inside
     biased = tl.max((visible & (score != 0)).to(tl.int32)) * BIASED
 
-    words = at(at(words_ptr, b, stride_wb), h, stride_wh)
-    store_words(at(words, key_cell * (CELL // 32), stride_wn) + start_m, stride_wn, visible, 1)
-    cells = at(at(at(cells_ptr, b, stride_cb), h, stride_ch), row_cell, stride_cm)
-    tl.store(cells + key_cell, kind_of(visible, inside & (visible == 0)) | biased)
-    seen = at(at(at(seen_ptr, b, stride_sb), h, stride_sh), row_cell, stride_sm)
-    tl.store(seen + start_n + local, tl.max(visible.to(tl.int32), 0))
+    words = row_of(head_of(rows.words, b, h), key_cell * (CELL // 32))
+    store_words(words, start_m, visible, 1)
+    cells = row_of(head_of(rows.cells, b, h), row_cell)
+    tl.store(cells.ptr + key_cell, kind_of(visible, inside & (visible == 0)) | biased)
+    seen = row_of(head_of(rows.seen, b, h), row_cell)
+    tl.store(seen.ptr + start_n + local, tl.max(visible.to(tl.int32), 0))
 
-    counts = counting_rows(start_m, q_len, kv_len, mask_ptr, stride_mm, stride_mn, CELL, MASK, HIDDEN)
+    counts = counting_rows(start_m, sizes, mask, R, CELL)
     visible = visible & counts[:, None] & (key != row + (kv_len - q_len))
-    words = at(at(column_words_ptr, b, stride_xb), h, stride_xh)
-    store_words(at(words, row_cell * (CELL // 32), stride_xm) + start_n, stride_xm, visible, 0)
-    cells = at(at(at(column_cells_ptr, b, stride_yb), h, stride_yh), key_cell, stride_yn)
-    tl.store(cells + row_cell, kind_of(visible, inside & (visible == 0)) | biased)
-    counts = at(at(at(column_counts_ptr, b, stride_zb), h, stride_zh), row_cell, stride_zm)
-    tl.store(counts + start_n + local, tl.sum(visible.to(tl.int32), 0))
+    words = row_of(head_of(columns.words, b, h), row_cell * (CELL // 32))
+    store_words(words, start_n, visible, 0)
+    cells = row_of(head_of(columns.cells, b, h), key_cell)
+    tl.store(cells.ptr + row_cell, kind_of(visible, inside & (visible == 0)) | biased)
+    counted = row_of(head_of(columns.counts, b, h), row_cell)
+    tl.store(counted.ptr + start_n + local, tl.sum(visible.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _pack_keys_kernel(mask_ptr, stride_mb, stride_mn, cells_ptr, stride_cb, before_ptr, stride_bb, kv_len):
+def _pack_keys_kernel(mask, cells, before, kv_len):
     b = tl.program_id(0)
-    before = 0
+    mask, cells, before = head_of(mask, b, 0), head_of(cells, b, 0), head_of(before, b, 0)
+    shown_before = 0
     for start in range(0, kv_len + 1, CHUNK):
         key = start + tl.arange(0, CHUNK)
         inside = key < kv_len
-        shown = tl.load(at(at(mask_ptr, b, stride_mb), key, stride_mn), mask=inside, other=float("-inf")) == 0
+        shown = tl.load(at(mask.ptr, key, mask.column), mask=inside, other=float("-inf")) == 0
         number = shown.to(tl.int32)
-        tl.store(at(before_ptr, b, stride_bb) + key, before + tl.cumsum(number, 0) - number, mask=key <= kv_len)
-        before += tl.sum(number, 0)
+        tl.store(before.ptr + key, shown_before + tl.cumsum(number, 0) - number, mask=key <= kv_len)
+        shown_before += tl.sum(number, 0)
         shows = tl.max(tl.reshape(number, [CHUNK // CELL, CELL]), 1) * SHOWS
         hides = tl.max(tl.reshape((inside & (number == 0)).to(tl.int32), [CHUNK // CELL, CELL]), 1) * HIDES
         cell = start // CELL + tl.arange(0, CHUNK // CELL)
-        tl.store(at(cells_ptr, b, stride_cb) + cell, shows | hides, mask=cell * CELL < kv_len)
+        tl.store(cells.ptr + cell, shows | hides, mask=cell * CELL < kv_len)
 
 
 def pack(problem: Problem) -> Launch:
     """Sets problem.packed and fills it; for a problem with a mask, before `lse`, `sinks` and `attend` are made."""
-    kept = problem.arguments
-    rows, keys = padded(kept["q_len"]), padded(kept["kv_len"])
+    q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
+    rows, keys = padded(q_len), padded(kv_len)
     batch, heads = problem.mask.shape[:2]
     tile = Tile(0, 0, num_warps=4, num_stages=1)
 
@@ -125,17 +122,11 @@ def pack(problem: Problem) -> Launch:
 
     if problem.mask_form == KEY_MASK.value:
         cells = empty(1, keys // CELL.value)
-        packed = problem.packed = Packed(cells, cells, before=empty(1, keys + 1, dtype=torch.int32))
-        return Launch(
-            _pack_keys_kernel,
-            batch,
-            tile,
-            {name: kept[name] for name in ("mask_ptr", "stride_mb", "stride_mn", "kv_len")}
-            | operand("cells", "cb", packed.cells)
-            | operand("before", "bb", packed.before),
-        )
+        packed = problem.packed = PackedMask(cells, cells, before=empty(1, keys + 1, dtype=torch.int32))
+        arguments = dict(mask=view(problem.mask), cells=view(packed.cells), before=view(packed.before), kv_len=kv_len)
+        return Launch(_pack_keys_kernel, batch, tile, arguments)
     row_cells, key_cells = rows // CELL.value, keys // CELL.value
-    packed = problem.packed = Packed(
+    packed = problem.packed = PackedMask(
         empty(row_cells, key_cells),
         empty(key_cells, row_cells),
         empty(keys // 32, rows, dtype=torch.int32),
@@ -143,20 +134,18 @@ def pack(problem: Problem) -> Launch:
         empty(row_cells, keys),
         empty(row_cells, keys),
     )
-    names = "q_len", "kv_len", "window", "MASK", "HIDDEN", "CAUSAL", "WINDOW"
+    names = "q_len", "kv_len", "window", "R"
     return Launch(
         _pack_kernel,
         batch * heads * row_cells * key_cells,
         tile,
-        operand("mask", "mb mh mm mn", problem.mask)
-        | operand("words", "wb wh wn", packed.words)
-        | operand("cells", "cb ch cm", packed.cells)
-        | operand("seen", "sb sh sm", packed.seen)
-        | operand("column_words", "xb xh xm", packed.column_words)
-        | operand("column_cells", "yb yh yn", packed.column_cells)
-        | operand("column_counts", "zb zh zm", packed.column_counts)
+        dict(
+            mask=view(problem.mask),
+            rows=Packed(view(packed.words), view(packed.cells), seen=view(packed.seen)),
+            columns=Packed(view(packed.column_words), view(packed.column_cells), counts=view(packed.column_counts)),
+        )
         | dict(heads=heads, row_cells=row_cells, key_cells=key_cells)
-        | {name: kept[name] for name in names},
+        | {name: problem.arguments[name] for name in names},
     )
 
 

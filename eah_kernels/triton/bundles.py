@@ -1,0 +1,135 @@
+"""What travels together through the kernels, by name; and what their numbers mean.
+
+A bundle is a NamedTuple. Triton flattens it into the parameters of the compiled kernel and specialises each member as
+if it stood alone. Two limits (triton 3.6 and 3.7.1): `do_not_specialize` does not reach into a bundle, so kernels take
+the lengths one by one and bundle them inside; and 3.6 passes no string on from a constexpr bundle, so whoever needs
+PRECISION binds it to a name first. Fields in capitals are constexpr.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+# Rules.MASK: the form of the attention mask
+NO_MASK: tl.constexpr = tl.constexpr(0)
+KEY_MASK: tl.constexpr = tl.constexpr(1)  # (B, Skv) float32, 0 or -inf, read by key alone
+BOOL_MASK: tl.constexpr = tl.constexpr(2)  # (B, Hq, Sq, Skv) bool
+BIAS_MASK: tl.constexpr = tl.constexpr(3)  # (B, Hq, Sq, Skv) floating, added to the score
+
+# What a cell of CELL x CELL pairs holds, or a (B, Skv) mask's cell of CELL keys: a sum of these (pack.py)
+CELL: tl.constexpr = tl.constexpr(64)
+SHOWS: tl.constexpr = tl.constexpr(1)  # a visible pair
+HIDES: tl.constexpr = tl.constexpr(2)  # a hidden pair
+BIASED: tl.constexpr = tl.constexpr(4)  # a visible pair to whose score the mask adds a value other than 0
+
+
+class View(NamedTuple):
+    """A tensor as a kernel sees it: its pointer and its strides in elements; a dimension that it lacks has stride 0."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    row: Any
+    column: Any
+
+
+class Packed(NamedTuple):
+    """What pack.py leaves of a mask, as one kernel reads it; None where this form of mask, or this kernel, has none."""
+
+    words: Any = None  # View: the visible pairs, 32 to a word
+    cells: Any = None  # View: what each cell holds
+    seen: Any = None  # View: of each key, whether one of CELL rows sees it
+    counts: Any = None  # View: of each key, how many of CELL rows count, see it and are not its own
+    before: Any = None  # View: of each key, how many a (B, Skv) mask shows before it
+
+
+class Tally(NamedTuple):
+    """What `sinks` adds to and the choice is made from, all int32: pointers, or before the launch the tensors."""
+
+    counts: Any  # (B, Hq) sinks
+    progress: Any = None  # (B, 2): how many programs of a batch row are done, and its image tokens
+
+
+class Choice(NamedTuple):
+    """Where the choice of a head goes, and from which density on there is one."""
+
+    head: Any  # (B,) int32
+    min_density: Any
+
+
+class Partial(NamedTuple):
+    """What the stretches of keys leave behind in `decode`, float32."""
+
+    out: Any  # (B, Hq, Sq, parts, DIM), relative to stat
+    stat: Any  # (B, Hq, Sq, parts, 2): each row's maximum score and its sum of exponentials
+
+
+class Scale(NamedTuple):
+    """Scores in log2 units: product * factor; under a soft-cap, cap * tanh(product * factor)."""
+
+    factor: Any
+    cap: Any
+
+
+class Sizes(NamedTuple):
+    q_len: Any
+    kv_len: Any
+    window: Any
+
+
+class Rules(NamedTuple):
+    """What a layer's kernels are compiled for."""
+
+    GROUP: int  # query heads of a KV head
+    HEAD_DIM: int  # in two parts, MAIN and, for dims such as 80 or 192, TAIL features
+    MAIN: int
+    TAIL: int
+    PRECISION: str  # of a float32 product
+    MASK: int
+    HIDDEN: float  # an entry of the mask up to this hides the key
+    CAUSAL: bool
+    WINDOW: bool
+    SOFTCAP: bool
+    BY_KEY: bool  # the mask, if any, is read by key
+    BOTH_SIDES: bool  # a block that is not seen whole may lie before the whole ones and after them
+
+
+class Values(NamedTuple):
+    """HEADS value heads share a map, side by side, PAD columns each, DIM of them features."""
+
+    DIM: int
+    PAD: int
+    HEADS: int
+
+
+class Operand(NamedTuple):
+    """A tile of query or key rows in its two parts; without a tail, main twice."""
+
+    main: Any
+    tail: Any
+
+
+class Columns(NamedTuple):
+    """Columns of value heads side by side: to which of the heads each belongs, its feature, whether there is one."""
+
+    member: Any
+    feature: Any
+    exists: Any
+
+
+class Span(NamedTuple):
+    """The blocks of a walk over keys or rows: whole ones, which need no mask, and at their sides those that do.
+
+        first ...... full ============ edge ...... last
+              split          whole           split
+
+    `biased`: whether the mask adds anything to a visible score.
+    """
+
+    first: Any
+    full: Any
+    edge: Any
+    last: Any
+    biased: Any
