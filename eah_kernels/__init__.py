@@ -1,5 +1,11 @@
 """EAH (Enhancing Attention Heads, arXiv 2411.09968) as attention kernels."""
 
+import warnings
+
+with warnings.catch_warnings():  # without numpy torch warns when it is imported; nothing here needs numpy
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch  # noqa: F401
+
 from eah_kernels.api import (
     EAHResult,
     SinkStatistics,

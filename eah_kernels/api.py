@@ -26,6 +26,9 @@ class EAHResult(NamedTuple):
     head: Tensor
     sink_counts: Tensor
 
+    def __repr__(self) -> str:
+        return _named_shapes(self)
+
 
 class SinkStatistics(NamedTuple):
     """sink_counts (B, Hq) int32; lse (B, Hq, Sq) float32, natural log; column_mean (B, Hq, Skv) float32 or None."""
@@ -33,6 +36,9 @@ class SinkStatistics(NamedTuple):
     sink_counts: Tensor
     lse: Tensor
     column_mean: Tensor | None
+
+    def __repr__(self) -> str:
+        return _named_shapes(self)
 
 
 def eah_attention(
@@ -390,6 +396,12 @@ def _require_tensors(**tensors) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def _named_shapes(result: NamedTuple) -> str:
+    """A result in one line: it is printed without reading the device."""
+    fields = (f"{name}={_describe(t) if t is not None else None}" for name, t in result._asdict().items())
+    return f"{type(result).__name__}({', '.join(fields)})"
 
 
 def _describe(tensor: Tensor) -> str:

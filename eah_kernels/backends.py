@@ -42,7 +42,7 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
         return native_cuda.why_not()
     if device.type != "cpu":
-        return f"its kernels are for CPU and CUDA tensors; the tensors are on {device}"
+        return f"it runs on CPUs and CUDA devices; the device here is {device}"
     return native.why_not()
 
 
@@ -56,7 +56,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda" and not interpreted:
         return None
     if not interpreted:
-        return f"it needs a CUDA or ROCm device, or TRITON_INTERPRET=1 for CPU tensors; the tensors are on {device}"
+        return (
+            "it runs on CUDA and ROCm devices, and with TRITON_INTERPRET=1 (Triton's slow interpreter) on CPUs; the "
+            f"device here is {device}"
+        )
     if dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly; accepted there are float16 and float32"
     return None

@@ -47,16 +47,25 @@ def run(code):
     return done.stdout
 
 
-BLOCKED = "import sys; sys.modules['triton'] = sys.modules['transformers'] = None\n"
+BLOCKED = "import sys; sys.modules['triton'] = sys.modules['transformers'] = sys.modules['numpy'] = None\n"
 
 
-def test_without_triton_and_transformers():
-    run(
-        BLOCKED + "import torch, eah_kernels, eah\n"
+def test_without_triton_transformers_and_numpy():
+    """Nothing fails or warns, torch's own warning about a missing numpy included; the command's findings say it."""
+    out = run(
+        BLOCKED + "import warnings; warnings.simplefilter('error')\n"
+        "before = list(warnings.filters)\n"
+        "import eah\n"
+        "assert [f for f in before if f not in warnings.filters] == []\n"
+        "import torch, eah_kernels, eah.cli\n"
         "x = torch.randn(1, 2, 8, 16); image = torch.ones(1, 8, dtype=torch.bool)\n"
         "for backend in ('auto', 'torch', 'reference'):\n"
         "    eah_kernels.eah_attention(x, x, x, image, backend=backend)\n"
+        "assert eah.cli.main(['doctor']) == 0\n"
+        "for wrong in (['demo'], ['generate', '--model', '.', '--image', 'none.png', '--prompt', 'x']):\n"
+        "    assert eah.cli.main(wrong) == 1\n"
     )
+    assert "eah.enable     no: it needs transformers >= 5.3" in out and "reference    works" in out
 
 
 def test_importing_registers_ops_and_nothing_else():

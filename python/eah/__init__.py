@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from eah_kernels import eah_attention  # first: it holds back what torch says of a missing numpy
+
+# isort: split
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -15,7 +18,6 @@ from eah.inner_generate import InnerGenerate
 from eah.models import Family, UnsupportedModelError, attention_modules, family_of, image_token_ids, named
 from eah.report import LayerReport, Report, RowReport, layer_report
 from eah.swap import Settings, SwappedLayer, register
-from eah_kernels import eah_attention
 
 __all__ = ["Handle", "LayerReport", "Report", "RowReport", "UnsupportedModelError", "enable"]
 

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import eah
-from eah_kernels import eah_attention
+from eah.doctor import why_no_enable, why_not
+from eah_kernels import EAHResult, eah_attention
 
 PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 NEW_TOKENS = 12
 BACKENDS = ("torch", "native", "triton")
+WARM_UP, MIN_ROUNDS, MAX_ROUNDS, SECONDS = 2, 5, 25, 5.0  # of the timing; the first rounds are not counted
+STEADY = 2.0  # slowest over fastest round beyond which no ratio is told
 IMAGE_SIZE, PATCH = 336, 14  # LLaVA-1.5's: 576 image tokens
 
 
@@ -24,8 +27,8 @@ def demo(image_file: str | None = None) -> dict:
     """Runs the demo; plain data. image_file: None for matplotlib's photograph of Grace Hopper.
 
     Raises:
-        ImportError: an extra is not installed; the message names it.
-        OSError: the file is no readable picture.
+        ImportError: a package is not installed; the message names it.
+        ValueError: the file is no readable picture.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     picture, name = load_picture(image_file)
@@ -82,24 +85,34 @@ def print_demo(results: dict) -> None:
         else:
             print(f"{backend:10}  {'equal' if found['equal'] else 'DIFFERENT':11}  {found['largest_error']:.1e}")
     timing = results["timing"]
-    print(f"\none attention layer, {timing['shape']}, {timing['dtype']}: median of {timing['runs']} interleaved runs")
+    print(f"\none attention layer, {timing['shape']}, {timing['dtype']}; {timing['rounds']} rounds in turns")
+    print("                    median ms  fastest-slowest   to plain SDPA")
     for name, row in timing["rows"].items():
-        print(f"{name:20} {row['ms']:9.2f} ms   {row['ratio']:5.2f} x scaled_dot_product_attention")
+        spread = f"{row['fastest_ms']:.2f}-{row['slowest_ms']:.2f}"
+        ratio = "  -" if row["ratio"] is None else f"{row['ratio']:5.2f} x"
+        print(f"{name:18}  {row['ms']:9.2f}  {spread:>15}  {ratio}")
+    if any(row["ratio"] is None for row in timing["rows"].values()):
+        print(f"No ratio where rounds differ by more than {STEADY:g}x: the machine is busy, try again when it is not.")
 
 
 def load_picture(image_file: str | None):
     """A PIL image in RGB, and its name."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ModuleNotFoundError as missing:
-        raise ImportError("reading a picture needs Pillow: pip install 'eah-kernels[demo]'") from missing
+        raise ImportError("reading a picture needs Pillow: pip install pillow") from missing
     if image_file is not None:
-        return Image.open(image_file).convert("RGB"), image_file
+        try:
+            return ImageOps.exif_transpose(Image.open(image_file)).convert("RGB"), image_file
+        except FileNotFoundError as missing:
+            raise ValueError(f"there is no picture {image_file}") from missing
+        except OSError as error:
+            raise ValueError(f"{image_file} is no picture that can be read: {error}") from error
     try:
         from matplotlib.cbook import get_sample_data
     except ModuleNotFoundError as missing:
         raise ImportError(
-            "the demo's picture comes with matplotlib: pip install 'eah-kernels[demo]', or name one with --image"
+            "the demo's picture comes with matplotlib: pip install matplotlib, or name another picture with --image"
         ) from missing
     with get_sample_data("grace_hopper.jpg") as file:
         return Image.open(file).convert("RGB"), "grace_hopper.jpg (from matplotlib)"
@@ -111,10 +124,11 @@ def small_llava():
     The weights are random. Query and key projections are drawn wider for later heads, so that the heads' maps differ in
     sharpness, as those of a trained model do.
     """
-    try:
-        import transformers
-    except ModuleNotFoundError as missing:
-        raise ImportError("the demo needs transformers: pip install 'eah-kernels[demo]'") from missing
+    problem = why_no_enable()
+    if problem:
+        raise ImportError(problem)
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     tokenizer = byte_tokenizer()
     processor = transformers.LlavaProcessor(
@@ -194,7 +208,7 @@ def compare(backend: str, device: str) -> dict:
     try:
         result = eah_attention(*inputs, threshold=0.006, backend=backend)
     except ValueError as error:
-        return {"unavailable": str(error)}
+        return {"unavailable": why_not(error, backend)}
     return {
         "equal": torch.equal(result.head, expected.head) and torch.equal(result.sink_counts, expected.sink_counts),
         "largest_error": (result.output - expected.output).abs().max().item(),
@@ -202,28 +216,81 @@ def compare(backend: str, device: str) -> dict:
 
 
 @torch.no_grad()
-def time_layer(backends: list[str], device: str, runs: int = 7) -> dict:
-    """Milliseconds of one prefill of a LLaVA-1.5 attention layer, every contestant once per round."""
+def time_layer(backends: list[str], device: str) -> dict:
+    """Milliseconds of one prefill of a LLaVA-1.5 attention layer, every contestant once per round, for some seconds.
+
+    A row's `ratio` to plain SDPA is None where the rounds of either differ by more than `STEADY` times: something else
+    was running.
+    """
     dtype = torch.float16 if device == "cuda" else torch.float32
     query, key, value, image_mask = layer_inputs(device, dtype)
     if device == "cpu" and "triton" in backends:
         backends = [name for name in backends if name != "triton"]  # the interpreter's speed says nothing
-    contestants = {"plain SDPA": partial(F.scaled_dot_product_attention, query, key, value, is_causal=True)}
-    for name in ("reference", *backends):
-        label = "EAH, eager" if name == "reference" else f"EAH, {name} backend"
-        contestants[label] = partial(eah_attention, query, key, value, image_mask, threshold=0.002, backend=name)
+    contestants = {
+        "plain SDPA": partial(F.scaled_dot_product_attention, query, key, value, is_causal=True),
+        "EAH, as published": partial(published, query, key, value, image_mask, 0.002),
+    }
+    for name in backends:
+        contestants[f"EAH, {name}"] = partial(
+            eah_attention, query, key, value, image_mask, threshold=0.002, backend=name
+        )
+    calls = 20 if device == "cuda" else 1  # in a round: the clock is read around many short launches
     times = {name: [] for name in contestants}
-    for _ in range(runs + 1):
+    begin = time.perf_counter()
+    for number in range(WARM_UP + MAX_ROUNDS):
+        if number >= WARM_UP + MIN_ROUNDS and time.perf_counter() - begin > SECONDS:
+            break
         for name, run in contestants.items():
             synchronize(device)
             start = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    median = {name: statistics.median(each[1:]) for name, each in times.items()}  # the first round warms up
-    base = median["plain SDPA"]
-    rows = {name: {"ms": ms, "ratio": ms / base} for name, ms in median.items()}
-    return {"shape": "1 x 32 heads x 648 tokens x 128", "dtype": str(dtype)[6:], "runs": runs, "rows": rows}
+            times[name].append(1e3 * (time.perf_counter() - start) / calls)
+    times = {name: each[WARM_UP:] for name, each in times.items()}
+    return {
+        "shape": "1 x 32 heads x 648 tokens x 128",
+        "dtype": str(dtype)[6:],
+        "rounds": len(times["plain SDPA"]),
+        "rows": timing_rows(times),
+    }
+
+
+def timing_rows(times: dict[str, list[float]]) -> dict[str, dict]:
+    """Median, fastest and slowest round of every contestant, and the median's ratio to the first one's, or None."""
+    base, *_ = times.values()
+    steady = {name: max(each) <= STEADY * min(each) for name, each in times.items()}
+    return {
+        name: {
+            "ms": statistics.median(each),
+            "fastest_ms": min(each),
+            "slowest_ms": max(each),
+            "ratio": statistics.median(each) / statistics.median(base)
+            if steady[name] and max(base) <= STEADY * min(base)
+            else None,
+        }
+        for name, each in times.items()
+    }
+
+
+def published(query: Tensor, key: Tensor, value: Tensor, image_mask: Tensor, threshold: float) -> EAHResult:
+    """EAH in eager PyTorch as its authors wrote it: all maps in full, probabilities in the model's dtype.
+
+    For rows without padding and as many key as query heads: the yardstick of the timing, as in bench/contestants.py.
+    """
+    length = query.shape[2]
+    score = query @ key.mT * query.shape[-1] ** -0.5
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    score = score.masked_fill(~visible, torch.finfo(score.dtype).min)
+    maps = score.softmax(-1, dtype=torch.float32).to(query.dtype)
+    rows = torch.arange(length - 1, -1, -1, device=query.device).clamp(min=1)
+    sinks = (maps.tril(-1).sum(-2, dtype=torch.float32) / rows > threshold) & image_mask[:, None]
+    counts = sinks.sum(-1, dtype=torch.int32)
+    most, head = counts.max(-1)
+    for row in range(len(query)):
+        if most[row] > 0:
+            maps[row] = maps[row, head[row]]
+    return EAHResult(maps @ value, torch.where(most > 0, head, -1).int(), counts)
 
 
 def synchronize(device: str) -> None:

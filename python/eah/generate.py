@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
+from pathlib import Path
 
 import torch
 
 import eah
 from eah.demo import load_picture, progress
+from eah.doctor import one_line, why_no_enable
+from eah_kernels import eah_attention
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def generate(
@@ -20,39 +27,103 @@ def generate(
     max_new_tokens: int,
     device: str | None,
     trust_remote_code: bool,
-) -> None:
-    """Streams each of `answers` ("plain", "eah") to stdout, then EAH's report. Weights are read from safetensors only.
+    stream: bool,
+) -> dict:
+    """Each of `answers` ("without", "with" EAH) and EAH's report, as plain data; printed as they come if `stream`.
+
+    Whatever can be refused without the weights is refused before they are read. They are read from safetensors only.
 
     Raises:
-        ImportError, OSError, ValueError, RuntimeError: as loading the model and `eah.enable` do.
+        ImportError, OSError, ValueError, RuntimeError: as loading the picture and the model and `eah.enable` do.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_knobs(knobs, max_new_tokens, device)
     picture, _ = load_picture(image_file)
-    try:
-        from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
-        from transformers.utils import logging
-    except ModuleNotFoundError as missing:
-        raise ImportError("eah generate needs transformers: pip install 'eah-kernels[demo]'") from missing
+    problem = why_no_enable()
+    if problem:
+        raise ImportError(problem)
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+    from transformers.utils import logging
+
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    progress(f"looking at {model_id}")
+    check_model(model_id, knobs if "with" in answers else None, trust_remote_code)
     progress(f"loading {model_id}")
     processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_id, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
-    ).to(device)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_id, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        ).to(device)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {model_id} cannot be read: {error}") from error
     inputs = prepare(processor, picture, prompt).to(device, model.dtype)
+
+    class Answer(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
+            if stream:
+                super().on_finalized_text(text, stream_end)
+
+    results = {"model": model_id, "device": str(device), "prompt_tokens": inputs["input_ids"].shape[1], "answers": {}}
     for answer in answers:
-        if len(answers) > 1:
-            print(f"--- {'with' if answer == 'eah' else 'without'} EAH")
+        if len(answers) > 1 and stream:
+            print(f"--- {answer} EAH")
         progress("generating")
-        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Answer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-        if answer == "plain":
+        if answer == "without":
             model.generate(**inputs, **options)
-            continue
-        with eah.enable(model, **knobs) as handle:
-            model.generate(**inputs, **options)
-            print(f"\n{handle.report()}")
+        else:
+            with eah.enable(model, **knobs) as handle:
+                model.generate(**inputs, **options)
+                report = handle.report()
+            results["report"] = dataclasses.asdict(report)
+            if stream:
+                print(f"\n{report}")
+        results["answers"][answer] = streamer.text
+    return results
+
+
+def check_knobs(knobs: dict, max_new_tokens: int, device: str) -> None:
+    """Raises ValueError for what is wrong whatever the model is."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max-new-tokens must be an int >= 1, got {max_new_tokens}")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
+    empty = torch.empty(0, 1, 1, 1, device=device)
+    image_mask = torch.empty(0, 1, dtype=torch.bool, device=device)
+    options = {name: knobs[name] for name in ("threshold", "min_density", "backend")}
+    eah_attention(empty, empty, empty, image_mask, **options)
+
+
+def check_model(model_id: str, knobs: dict | None, trust_remote_code: bool) -> None:
+    """Raises when there is no such model, or none that `eah.enable(model, **knobs)` takes; needs its config only."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
+
+    here = Path(model_id).exists()
+    if here and not Path(model_id).is_dir():
+        raise ValueError(f"model must be a folder or an id on the hub; {model_id} is a file")
+    if not here and not HUB_ID.fullmatch(model_id):
+        raise ValueError(f"there is no folder {model_id}")
+    try:
+        config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if here:
+            raise
+        raise OSError(f"there is no folder {model_id}, and it cannot be had from the hub: {one_line(error)}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
+        raise ValueError(f"{model_id} is no vision-language model (model_type {config.model_type!r})")
+    if knobs is not None:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        eah.enable(model, **knobs).disable()
 
 
 def prepare(processor, picture, prompt: str):

@@ -1,0 +1,104 @@
+"""`eah doctor`: versions, devices, and what works here or why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+from torch.torch_version import TorchVersion
+
+from eah_kernels import __version__, eah_attention, native_parts
+
+BACKENDS = ("reference", "torch", "native", "triton")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "pillow", "matplotlib")
+OLDEST_TRANSFORMERS = "5.3"
+
+
+def doctor() -> dict:
+    """Versions of what EAH uses (None = not installed) and devices; why `eah.enable`, a part of the native extension,
+    or a backend on a device, does not work, or None."""
+    versions = {"eah-kernels": __version__, "python": platform.python_version()}
+    versions |= {name: installed(name) for name in PACKAGES}
+    capability = torch.backends.cpu.get_cpu_capability()
+    devices = {"cpu": f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return {
+        "versions": versions,
+        "enable": why_no_enable(),
+        "native": native_parts(),
+        "devices": devices,
+        "backends": {device: {name: why_no_backend(name, device) for name in BACKENDS} for device in devices},
+    }
+
+
+def print_doctor(findings: dict) -> None:
+    for name, version in findings["versions"].items():
+        print(f"{name:14} {version or 'not installed'}")
+    print(f"\neah.enable     {works(findings['enable'])}")
+    print("\nnative extension")
+    for part, problem in findings["native"].items():
+        built = "built, not yet measured" if part == "cuda" else "built"
+        print(f"  {part:12} {works(problem, built)}")
+    for device, backends in findings["backends"].items():
+        print(f"\nbackends on {device}: {findings['devices'][device]}")
+        for name, problem in backends.items():
+            print(f"  {name:12} {works(problem)}")
+
+
+def works(problem: str | None, yes: str = "works") -> str:
+    return yes if problem is None else f"no: {problem}"
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def why_no_enable() -> str | None:
+    """Why no model can be enabled here, or None."""
+    wanted = f"transformers >= {OLDEST_TRANSFORMERS}"
+    advice = f'pip install "transformers>={OLDEST_TRANSFORMERS}"'
+    try:
+        import transformers
+        from transformers import PreTrainedModel  # noqa: F401  (imported lazily: it may fail where the package does not)
+    except ModuleNotFoundError as missing:
+        if missing.name == "transformers":
+            return f"it needs {wanted}: {advice}"
+        return f"transformers cannot be imported: {one_line(missing)}"
+    except Exception as error:  # a broken installation raises what it likes
+        return f"transformers cannot be imported: {one_line(error)}"
+    if TorchVersion(transformers.__version__) < OLDEST_TRANSFORMERS:
+        return f"it needs {wanted}, and {transformers.__version__} is installed: {advice}"
+    return None
+
+
+def why_no_backend(backend: str, device: str) -> str | None:
+    """Why a backend cannot run a small layer on a device, or None."""
+    half = backend == "native" and device != "cpu"  # the native CUDA kernels take no float32
+    x = torch.randn(1, 2, 20, 64, device=device, dtype=torch.float16 if half else torch.float32)
+    image_mask = torch.ones(1, 20, dtype=torch.bool, device=device)
+    try:
+        result = eah_attention(x, x, x, image_mask, backend=backend)
+        expected = eah_attention(x, x, x, image_mask, backend="reference")
+    except Exception as error:  # a driver or a compiler raises what it likes
+        return why_not(error, backend)
+    tolerance = 1e-2 if half else 1e-3
+    if not torch.equal(result.head, expected.head) or (result.output - expected.output).abs().max() > tolerance:
+        return "it disagrees with the reference: please report this"
+    return None
+
+
+def why_not(error: Exception, backend: str) -> str:
+    """What `eah_attention` says of a backend that cannot be used, where the backend is named already."""
+    return one_line(error).removeprefix(f'backend="{backend}" cannot be used: ')
+
+
+def one_line(error: BaseException, limit: int = 500) -> str:
+    """An error's message without line breaks, cut where it runs on for pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} [...]"
