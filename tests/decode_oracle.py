@@ -6,14 +6,13 @@ It keeps every row's query beside its value in the cache, so whatever happens to
 from __future__ import annotations
 
 import copy
-import sys
 
 import torch
 from torch.nn.functional import pad
 
 from eah_kernels import reference
 from eah_kernels.masks import Scoring
-from tiny_models import IMAGE, attention_of
+from tiny_models import IMAGE, attention_of, cache_in, rotated
 
 
 class DecodeOracle:
@@ -35,17 +34,16 @@ class DecodeOracle:
         attention.forward = self._forward(attention)
 
     def _forward(self, attention):
-        modeling = sys.modules[type(attention).__module__]
-
-        def forward(hidden_states, position_embeddings=None, past_key_values=None, **kwargs):
+        def forward(hidden_states, position_embeddings=None, **kwargs):
+            cache = cache_in(kwargs)
             batch, new, _ = hidden_states.shape
             shape = (batch, new, -1, attention.head_dim)
             projections = attention.q_proj, attention.k_proj, attention.v_proj
             q, k, v = (projection(hidden_states).view(shape).transpose(1, 2) for projection in projections)
-            q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
+            q, k = rotated(attention, q, k, position_embeddings)
             group, dim = q.shape[1] // k.shape[1], q.shape[3]
             beside = q.unflatten(1, (-1, group)).transpose(2, 3).flatten(3)
-            k, both = past_key_values.update(k, torch.cat([v, beside], -1), attention.layer_idx)
+            k, both = cache.update(k, torch.cat([v, beside], -1), attention.layer_idx)
             v, beside = both.split([dim, group * dim], -1)
             q = beside.unflatten(3, (group, dim)).transpose(2, 3).flatten(1, 2)
             output = self.attend(q, k, v, new, attention.scaling)

@@ -41,6 +41,13 @@ def feed(model, inputs, chunks, cache, seen=None):
     return out
 
 
+def skip_unless_tracked(mode, static=True):
+    """Until transformers 5.8 or so a static cache does not tell where it writes: "track" then stands aside."""
+    layer = transformers.StaticCache(config=transformers.LlamaConfig(num_hidden_layers=1), max_cache_len=2).layers[0]
+    if static and mode == "track" and not hasattr(layer, "cumulative_length"):
+        pytest.skip(f"transformers {transformers.__version__}: {decode.UNKNOWN_POSITION}")
+
+
 def cache_of(kind, model):
     config = model.config.get_text_config()
     if kind == "static":
@@ -62,11 +69,13 @@ def close(got, want, real):
         torch.testing.assert_close(a[kept], b[kept], rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("mode", ["hold", "track"])
 def test_every_step_equals_a_recomputation(mode, name, kind, attn):
+    skip_unless_tracked(mode, kind == "static")
     family, text = MODELS[name]
     model, inputs = build(family, attn, **text), prompt(family, MIXED)
     chunks = STEPS.split(1, 1)
@@ -88,6 +97,7 @@ def test_every_step_equals_a_recomputation(mode, name, kind, attn):
 @pytest.mark.parametrize("mode", ["hold", "track"])
 def test_several_tokens_at_once(mode, name, kind):
     """Drafted tokens, or a second turn, here with an image of its own: to "hold" its tokens are like any others."""
+    skip_unless_tracked(mode, kind == "static")
     family, text = MODELS[name]
     model, inputs = build(family, **text), prompt(family, MIXED)
     steps = STEPS.clone()
@@ -111,6 +121,7 @@ def test_several_tokens_at_once(mode, name, kind):
 @pytest.mark.parametrize("mode", ["hold", "track"])
 def test_some_heads_receive(mode, kind, attn):
     """Those with the fewest sinks. Eager: by the base implementation, which also gives the maps."""
+    skip_unless_tracked(mode, kind == "static")
     model, inputs = build("llava", attn), prompt("llava", MIXED)
     model.config.text_config.output_attentions = attn == "eager"
     chunks = STEPS.split(1, 1)
@@ -133,9 +144,11 @@ WAYS = {
 }
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", ["hold", "track"])
 def test_generated_tokens(mode, way):
+    skip_unless_tracked(mode, "cache_implementation" in WAYS[way])
     model, inputs = build("llava"), prompt("llava", MIXED)
     oracle, _ = tuned(model, inputs, mode, STEPS.split(1, 1))
     how = dict(WAYS[way])
@@ -205,9 +218,11 @@ def step(model, inputs, cache, rows=None):
         return model(input_ids=torch.full((rows, 1), 5), past_key_values=cache).logits
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("mode", ["hold", "track"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_the_cache_takes_it_along(kind, mode):
+    skip_unless_tracked(mode, kind == "static")
     model, inputs = build("llava"), prompt("llava", MIXED)
     oracle, _ = tuned(model, inputs, mode, STEPS.split(1, 1))
     with eah.enable(model, threshold=oracle.threshold, decode=mode) as handle:

@@ -40,6 +40,7 @@ def heads(report, layer=0):
     return [-1 if row.head is None else row.head for row in report.layers[layer].rows]
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,6 +68,7 @@ def test_a_row_without_image_keeps_its_logits():
     assert (row.head, row.image_tokens, row.density, row.why_none) == (None, 0, 0.0, "no image token")
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "how",
@@ -94,6 +96,7 @@ MISTRAL_WINDOW = {"decoder": "MistralConfig", "sliding_window": 6}
 GEMMA2 = {"decoder": "Gemma2Config", "head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0}
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize(
     "family, attn, text",
     [
@@ -163,6 +166,7 @@ def test_some_heads_receive_the_map(family, way):
     assert (got - all_heads)[0].abs().max() > 0.01
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_embeds_without_ids(family):
     model, inputs = build(family), prompt(family, *CASES["left padding"])
@@ -199,6 +203,7 @@ def test_masks_of_the_callers_own():
             assert heads(handle.report()) == oracle.head[1].tolist()
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_no_attention_mask_and_plain_positions(attn):
     model, inputs = build("llava", attn), prompt("llava", *CASES["no padding"])
@@ -211,6 +216,7 @@ def test_no_attention_mask_and_plain_positions(attn):
             assert heads(handle.report()) == oracle.head[1].tolist()
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_with_gradients(family, checkpointing):
@@ -235,6 +241,7 @@ def test_with_gradients(family, checkpointing):
         torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 
+@pytest.mark.seam
 def test_attention_maps_are_those_used():
     model, inputs = build("llava", "eager"), prompt("llava", *CASES["a row without image"])
     oracle = tuned(model, inputs)

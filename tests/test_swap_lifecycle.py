@@ -34,6 +34,7 @@ def state(model):
     ]
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exit_restores_the_model(family):
     model, inputs = build(family), prompt(family, ROWS)
@@ -101,6 +102,7 @@ def test_set_attn_implementation_while_enabled():
     assert attention_of(model, 1).config._attn_implementation == "eager"
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_enabled_too(how):
     model, inputs = build("qwen2_5_vl"), prompt("qwen2_5_vl", ROWS)
@@ -255,6 +257,18 @@ def test_a_family_that_is_not_in_the_table(monkeypatch):
     report = handle.report()
     assert report.layers[0].rows and len(report.notes) == 1
     assert "LlavaForConditionalGeneration (model_type 'llava') is of no family that was tested" in str(report)
+
+
+@pytest.mark.seam
+def test_a_newer_transformers_is_called_untested(monkeypatch):
+    """The newest version tested is at least the installed one, and any beyond it is said to be untested."""
+    for newest, notes in {
+        eah.NEWEST_TESTED: (),
+        (5, 2): (f"untested with transformers {transformers.__version__}: the newest version tested is 5.2",),
+    }.items():
+        monkeypatch.setattr(eah, "NEWEST_TESTED", newest)
+        with eah.enable(build("llava")) as handle:
+            assert handle.report().notes == notes
 
 
 def test_layers_without_an_attention_map():

@@ -121,6 +121,19 @@ def prompt(family: str, rows: list[str], padding: str = "left") -> dict:
     return inputs
 
 
+def cache_in(kwargs):
+    """The cache that an attention module is given: `past_key_values` until transformers 5.23, then `cache`."""
+    return kwargs.get("past_key_values", kwargs.get("cache"))
+
+
+def rotated(attention, query, key, position_embeddings):
+    modeling = sys.modules[type(attention).__module__]
+    if hasattr(modeling, "apply_rotary_pos_emb"):
+        return modeling.apply_rotary_pos_emb(query, key, *position_embeddings)
+    sections = attention.config.rope_parameters["mrope_section"]  # Qwen2.5-VL until transformers 5.4 or so
+    return modeling.apply_multimodal_rotary_pos_emb(query, key, *position_embeddings, sections)
+
+
 class Oracle:
     """A deep copy of the model, eager, whose layers compute `eah_kernels.reference` on the mask that arrives.
 
@@ -142,17 +155,15 @@ class Oracle:
             return self.model(**inputs).logits
 
     def _forward(self, attention, ordinary):
-        modeling = sys.modules[type(attention).__module__]
-
-        def forward(hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        def forward(hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
             batch, q_len, _ = hidden_states.shape
-            cached = past_key_values is not None and past_key_values.get_seq_length(attention.layer_idx)
+            cache = cache_in(kwargs)
+            cached = cache is not None and cache.get_seq_length(attention.layer_idx)
             if q_len == 1 or cached:
                 return ordinary(
                     hidden_states=hidden_states,
                     position_embeddings=position_embeddings,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
                     **kwargs,
                 )
             shape = (batch, q_len, -1, attention.head_dim)
@@ -160,13 +171,9 @@ class Oracle:
                 projection(hidden_states).view(shape).transpose(1, 2)
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            if hasattr(modeling, "apply_rotary_pos_emb"):
-                q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
-            else:  # Qwen2.5-VL until transformers 5.4 or so
-                sections = attention.config.rope_parameters["mrope_section"]
-                q, k = modeling.apply_multimodal_rotary_pos_emb(q, k, *position_embeddings, sections)
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, attention.layer_idx)
+            q, k = rotated(attention, q, k, position_embeddings)
+            if cache is not None:
+                k, v = cache.update(k, v, attention.layer_idx)
             image = self.image_mask.repeat_interleave(batch // len(self.image_mask), 0)
             image = torch.nn.functional.pad(image, (0, q_len - image.shape[1]))
             softcap = getattr(attention, "attn_logit_softcapping", None)

@@ -22,6 +22,9 @@ from eah.swap import Settings, SwappedLayer, register
 __all__ = ["Handle", "LayerReport", "Report", "RowReport", "UnsupportedModelError", "enable"]
 
 
+NEWEST_TESTED = (5, 24)  # of transformers; tests marked `seam` run on it and on the oldest that pyproject.toml allows
+
+
 class DefaultLayers(tuple):
     """The layers when none are named. Only these may be moved to the first usable layer."""
 
@@ -218,11 +221,16 @@ DECODE_NOTES = {
 
 
 def _notes(model, family: Family | None, asked: tuple, used: tuple, decode: str) -> tuple[str, ...]:
+    import transformers
+
     notes = list(DECODE_NOTES[decode])
     if family is None:
         notes.append(f"{named(model)} is of no family that was tested (eah models): the general rule was applied")
     if used != asked:
         notes.append(f"layer {asked[0]} has no attention map: layer {used[0]}, the first usable one, was taken")
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) > NEWEST_TESTED:
+        newest = ".".join(map(str, NEWEST_TESTED))
+        notes.append(f"untested with transformers {transformers.__version__}: the newest version tested is {newest}")
     return tuple(notes)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eah.image_tokens import cache_in
 from eah_kernels import Scoring, receiving_heads, select_head, sink_statistics
 
 MODES = ("off", "hold", "track")
@@ -106,7 +107,7 @@ def _blank(cls: type):
 
 def give_cache(module, args, kwargs):
     """Forward pre-hook (with kwargs) of an attention module: its function is not given the cache by transformers."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     return None if cache is None else (args, {**kwargs, CACHE: cache})
 
 

@@ -17,6 +17,7 @@ BY_POSITION = "arguments after input_ids were passed to the base model by positi
 CACHED = "tokens were in the cache before this forward (a second turn, a chunk of a prompt, or drafted tokens)"
 CHUNKED = "the prompt is fed in chunks (prefill_chunk_size), and the head is chosen by all of it"
 PACKED = "the position_ids restart within a row: several packed sequences"
+CONTINUOUS = "continuous batching packs several sequences"
 UNREADABLE_CACHE = "whether the cache is empty cannot be read while compiling or capturing"
 UNREADABLE_POSITIONS = "position_ids without an attention_mask cannot be read for packing while compiling or capturing"
 UNREADABLE_MASK = "an image mask that was given (handle.image_mask) cannot be read while compiling"
@@ -34,6 +35,14 @@ class Prefill(NamedTuple):
     has_cache: bool = False  # keys may be longer than S: a static cache
     by_embedding: bool = False  # image tokens were looked for among embeddings, without ids
     stand_aside: str | None = None
+
+
+def cache_in(kwargs):
+    """The cache among the arguments of a forward, None without one: `past_key_values` until transformers 5.23, then
+    `cache`, which is the paged one of continuous batching before. A caller may use the old name with the new version.
+    """
+    old = kwargs.get("past_key_values")
+    return kwargs.get("cache") if old is None else old
 
 
 class ImageTokens:
@@ -87,7 +96,9 @@ class ImageTokens:
             self.chunking.remove(get_ident())
 
     def describe(self, base, input_ids, tokens, kwargs) -> Prefill:
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            return Prefill(stand_aside=CONTINUOUS)
         cached = _tokens_in(cache, self.layer)
         reason = UNREADABLE_CACHE if cached is None else CACHED if cached else None
         if reason is None and self.chunking and (torch.compiler.is_compiling() or get_ident() in self.chunking):

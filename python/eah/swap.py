@@ -25,7 +25,7 @@ from eah.arguments import (
     what_arrived,
     what_arrived_later,
 )
-from eah.image_tokens import CACHED, PREFILL, Prefill
+from eah.image_tokens import CACHED, CONTINUOUS, PREFILL, Prefill
 from eah.models import attention_namespace
 from eah.parallel import head_block, lend_across, of_all_heads, of_own_heads
 from eah.report import Record
@@ -52,8 +52,8 @@ UNSUPPORTED_ARGUMENTS = {
     "sinks": "the layer has attention sinks of its own (sinks)",
     "indices": "the layer attends to selected keys only (indices)",
     "block_indices": "the layer attends to selected keys only (block_indices)",
-    "cache": "continuous batching packs several sequences",
-    "block_table": "continuous batching packs several sequences",
+    "cache": CONTINUOUS,
+    "block_table": CONTINUOUS,
     "cu_seq_lens_q": "several sequences are packed (cu_seq_lens_q)",
     "cu_seq_lens_k": "several sequences are packed (cu_seq_lens_k)",
 }
@@ -259,13 +259,13 @@ def _lent(base, view, arguments, kwargs, head: Tensor, receives: Tensor | None, 
 
 def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill | None, kwargs) -> str | None:
     """The reason to leave this forward to the layer's own implementation, or None. prefill: None on a cache."""
+    if prefill is not None and prefill.stand_aside is not None:
+        return prefill.stand_aside
     for name, reason in UNSUPPORTED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             return reason
     if implementation not in HANDLED:
         return f"the attention implementation {implementation!r} is not handled; handled are {', '.join(HANDLED)}"
-    if prefill is not None and prefill.stand_aside is not None:
-        return prefill.stand_aside
     if kwargs.get("dropout"):
         return DROPOUT
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
