@@ -102,3 +102,14 @@ def test_the_torch_backend_needs_one_block_of_rows():
 def test_statistics_alone_without_column_means(backend, kernel_device):
     inputs = make(CASES[0], device=kernel_device)
     assert sink_statistics(inputs.query, inputs.key, inputs.image_mask, backend=backend).column_mean is None
+
+
+def test_results_print_as_shapes():
+    x, image_mask = torch.zeros(1, 2, 8, 16), torch.ones(1, 8, dtype=torch.bool)
+    assert repr(eah_attention(x, x, x, image_mask)) == (
+        "EAHResult(output=(1, 2, 8, 16) torch.float32 on cpu, head=(1,) torch.int32 on cpu, "
+        "sink_counts=(1, 2) torch.int32 on cpu)"
+    )
+    assert str(sink_statistics(x, x, image_mask)) == (
+        "SinkStatistics(sink_counts=(1, 2) torch.int32 on cpu, lse=(1, 2, 8) torch.float32 on cpu, column_mean=None)"
+    )

@@ -73,7 +73,7 @@ def enable(
     try:
         from transformers import PreTrainedModel
     except ModuleNotFoundError as missing:
-        raise ImportError("eah.enable needs transformers: pip install 'eah-kernels[transformers]'") from missing
+        raise ImportError('eah.enable needs transformers: pip install "transformers>=5.3"') from missing
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}; of a wrapped model pass the "
