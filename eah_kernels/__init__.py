@@ -7,6 +7,7 @@ with warnings.catch_warnings():  # without numpy torch warns when it is imported
     import torch  # noqa: F401
 
 from eah_kernels.api import (
+    MAX_HEAD_DIM,
     EAHResult,
     SinkStatistics,
     eah_attention,
@@ -20,6 +21,7 @@ from eah_kernels.masks import Scoring
 from eah_kernels.native import native_parts
 
 __all__ = [
+    "MAX_HEAD_DIM",
     "EAHResult",
     "Scoring",
     "SinkStatistics",

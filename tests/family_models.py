@@ -11,12 +11,12 @@ from family_rows import FAMILIES
 from tiny_models import TEXT
 
 
-def build(family: str, attn: str | None = None):
-    """The model, its heads peaked and unlike each other."""
+def build(family: str, attn: str | None = None, **changes):
+    """The model, its heads peaked and unlike each other. `changes` are made to the row's text config."""
     import transformers as hf
 
     row = FAMILIES[family]
-    text = {**TEXT, **row.text}
+    text = {**TEXT, **row.text, **changes}
     sub = dict(text) if row.flat else {"text_config": text}
     if row.vision and row.vision is not TIMM:
         sub["vision_config"] = dict(row.vision)

@@ -158,13 +158,14 @@ class Tiny:
 
 def like_llava(name: str, decoder: str = "llama", vision: dict = CLIP, **more) -> Tiny:
     text = {"model_type": decoder, **more.pop("text", {})}
-    return Tiny(f"{name}Config", f"{name}ForConditionalGeneration", text=text, vision=vision, **more)
+    config = more.pop("config", f"{name}Config")
+    return Tiny(config, f"{name}ForConditionalGeneration", text=text, vision=vision, **more)
 
 
 def like_qwen(name: str, **more) -> Tiny:
     more.setdefault("vision", PATCHES)
     more["text"] = {"rope_parameters": MROPE, **more.get("text", {})}
     more.setdefault("image", (VISION_START, *(IMAGE,) * 9, VISION_END))
-    return Tiny(
-        f"{name}Config", f"{name}ForConditionalGeneration", **{"pixels": patch_pixels, "inputs": mm_token_types, **more}
-    )
+    config = more.pop("config", f"{name}Config")
+    more = {"pixels": patch_pixels, "inputs": mm_token_types, **more}
+    return Tiny(config, f"{name}ForConditionalGeneration", **more)

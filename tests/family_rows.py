@@ -32,10 +32,12 @@ from family_parts import (
     sized_pixels,
 )
 from family_rows_llava import LIKE_LLAVA
+from family_rows_newer import NEWER
 from tiny_models import IMAGE, VIDEO, VISION_START
 
 FAMILIES = {
     **LIKE_LLAVA,
+    **NEWER,
     "qwen2_vl": like_qwen("Qwen2VL", vision={**PATCHES, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 1}),
     "qwen2_5_vl": like_qwen("Qwen2_5_VL"),
     "qwen2_5_omni_thinker": like_qwen(

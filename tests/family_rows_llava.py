@@ -93,7 +93,11 @@ LIKE_LLAVA = {
     "perception_lm": like_llava("PerceptionLM", "llama", TIMM, pixels=no_pixels),
     "fast_vlm": like_llava("FastVlm", "qwen2", TIMM, pixels=no_pixels),
     "mistral3": like_llava(
-        "Mistral3", "mistral", {**SQUARE, "model_type": "pixtral", "patch_size": 2, "head_dim": 8}, pixels=sized_pixels
+        "Mistral3",
+        "mistral",
+        {**SQUARE, "model_type": "pixtral", "patch_size": 2, "head_dim": 8},
+        text={"sliding_window": None},
+        pixels=sized_pixels,
     ),
     "cohere2_vision": like_llava(
         "Cohere2Vision", "cohere2", {**SIGLIP, "patch_size": 2}, text=WINDOWED, top={"alignment_intermediate_size": 16}

@@ -15,7 +15,8 @@ from eah_kernels.masks import Scoring
 
 
 class Oracle:
-    """`attention(model)` finds the layer's attention module. The last prefill's head, counts and means are kept."""
+    """`attention(model)` finds the layer's attention module. The last prefill's head, counts and means are kept,
+    and `dims`: the query heads, the head dims of key and value."""
 
     def __init__(self, model, attention, image_mask, threshold=0.002):
         from transformers import AttentionInterface
@@ -24,7 +25,7 @@ class Oracle:
         self.model = copy.deepcopy(model)
         self.model.set_attn_implementation("eager")
         self.image_mask, self.threshold = image_mask, threshold
-        self.head = self.counts = self.means = None
+        self.head = self.counts = self.means = self.dims = None
         module = attention(self.model)
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = "oracle"
@@ -56,6 +57,7 @@ def _forward(module, query, key, value, attention_mask, scaling=None, softcap=No
     if q_len == 1 or key.shape[2] != q_len:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs)
+    oracle.dims = query.shape[1], key.shape[-1], value.shape[-1]
     image = oracle.image_mask.repeat_interleave(len(query) // len(oracle.image_mask), 0)
     image = torch.nn.functional.pad(image, (0, q_len - image.shape[1]))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

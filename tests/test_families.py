@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 
 import eah
-from eah.models import FAMILIES, family_table
+from eah.arguments import plain_causal
+from eah.models import (
+    FAMILIES,
+    PLAIN_CAUSAL_DECODERS,
+    SPEECH,
+    attention_namespace,
+    family_table,
+    head_dims,
+    query_heads,
+)
 from family_models import FAMILIES as TINY
 from family_models import attention_of, build, prompt
 from family_parts import QFORMER, SQUARE
@@ -14,6 +26,7 @@ from oracle import Oracle
 from tiny_models import IMAGE, TEXT, VIDEO, VOCAB, one_thread  # noqa: F401
 
 transformers = pytest.importorskip("transformers")
+modeling_auto = pytest.importorskip("transformers.models.auto.modeling_auto")
 
 PROMPTS = {
     "left padding": (["abIcdefghi", "abcIde"], "left"),
@@ -23,10 +36,19 @@ PROMPTS = {
 }
 
 
-def built(family, **options):
-    if not hasattr(transformers, TINY[family].model):
-        pytest.skip(f"transformers {transformers.__version__} lacks {TINY[family].model}")
-    return build(family, **options)
+def skip_without(*names):
+    missing = [name for name in names if not hasattr(transformers, name)]
+    if missing:
+        pytest.skip(f"transformers {transformers.__version__} lacks {', '.join(missing)}")
+
+
+def built(family, attn=None):
+    """Shared by the tests, which leave it as it was."""
+    skip_without(TINY[family].config, TINY[family].model)
+    return build_once(family, attn)
+
+
+build_once = functools.cache(build)
 
 
 def oracle_for(family, model, inputs):
@@ -116,6 +138,37 @@ def test_nothing_is_left_behind(family, tmp_path):
     assert "eah" not in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_plain_causal_decoders_hide_nothing_else(family, monkeypatch):
+    """Where a mask is said to be causality and padding alone, it is, in every layer."""
+    model = copy.deepcopy(built(family))
+    model.set_attn_implementation("eager")
+    seen = []
+
+    def recorded(eager, module, query, key, value, attention_mask, **kwargs):
+        seen.append((module, attention_mask, kwargs))
+        return eager(module, query, key, value, attention_mask, **kwargs)
+
+    for cls in {type(module) for module in model.get_decoder().modules() if hasattr(module, "layer_idx")}:
+        namespace = attention_namespace(cls)
+        if "eager_attention_forward" in namespace:
+            eager = functools.partial(recorded, namespace["eager_attention_forward"])
+            monkeypatch.setitem(namespace, "eager_attention_forward", eager)
+    for padding in ("left", "right"):
+        inputs = prompt(family, ["abIcdefghi", "abcIde"], padding)
+        logits(model, **inputs)
+        real = inputs["attention_mask"].bool()
+        earlier = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
+        decoder = set(model.get_decoder().modules())
+        plain = [mask for module, mask, kwargs in seen if module in decoder and plain_causal(module.config, kwargs)]
+        for mask in plain:
+            visible = (mask > -1e30).expand(len(real), *mask.shape[1:])[:, 0]
+            assert torch.equal(visible[real], (earlier & real[:, None])[real])
+        windows = any(kwargs.get("sliding_window") for _, _, kwargs in seen)
+        assert plain or windows or model.get_decoder().config.model_type not in PLAIN_CAUSAL_DECODERS
+        seen.clear()
+
+
 @pytest.mark.parametrize("family", [name for name in TINY if FAMILIES[name].video])
 def test_video_tokens_count_unless_left_out(family):
     model = built(family)
@@ -129,40 +182,86 @@ def test_video_tokens_count_unless_left_out(family):
 @pytest.mark.parametrize("family", [name for name in TINY if not FAMILIES[name].video])
 def test_families_without_a_video_token(family):
     config = built(family).config
-    assert getattr(config, "video_token_id", None) in (None, getattr(config, "image_token_id", None))
+    assert getattr(config, "video_token_id", None) in (None, IMAGE)
 
 
 VIT = {**SQUARE, "embed_dim": 16}
 BART = {"model_type": "bart", "vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "encoder_layers": 2}
-REFUSED = {
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+REFUSED = {  # why, and what makes the config small, or complete where its defaults are not
+    "blip": ("cross-attention", {"text_config": TEXT, "vision_config": VIT}),
+    "diffusion_gemma": (
+        "by diffusion",
+        {"text_config": {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8, "num_hidden_layers": 2}},
+    ),
+    "evolla": ("proteins", {"num_hidden_layers": 2}),
+    "florence2": ("an encoder", {"text_config": BART}),
+    "git": ("no token of the prompt", {**TEXT, "vision_config": VIT}),
+    "glm5_next": ("selected keys only", {}),
+    "hy_v4_vl": ("selected keys only", {}),
+    "idefics": ("cross-attention", {**TEXT, "vision_config": VIT}),
+    "inkling2": ("position bias", {}),
+    "inkling2_loop": ("position bias", {}),
+    "inkling_mm_model": ("position bias", {}),
+    "mistral4": ("text model", {"num_hidden_layers": 2}),
+    "mistral_large4": ("selected keys only", {}),
     "mllama": (
-        "MllamaForConditionalGeneration",
+        "cross-attention",
         {
             "text_config": {**TEXT, "bos_token_id": 1},
             "vision_config": {**VIT, "num_global_layers": 1, "intermediate_layers_indices": [0]},
         },
-        "cross-attention",
     ),
-    "florence2": ("Florence2ForConditionalGeneration", {"text_config": BART}, "an encoder"),
-    "idefics": ("IdeficsForVisionText2Text", {**TEXT, "vision_config": VIT}, "cross-attention"),
-    "blip": ("BlipForConditionalGeneration", {"vision_config": VIT}, "cross-attention"),
-    "git": ("GitForCausalLM", {**TEXT, "vision_config": VIT}, "no token of the prompt"),
-    "inkling_mm_model": ("InklingForConditionalGeneration", {}, "position bias"),
-    "mistral_large4": ("MistralLarge4ForConditionalGeneration", {}, "selected keys only"),
-    "qwen2_5_omni": ("Qwen2_5OmniForConditionalGeneration", {"text_config": None}, "model.thinker"),
+    "pi0": ("robot actions", {}),
+    "pix2struct": ("an encoder", {}),
+    "pixtral": ("vision tower", {"num_hidden_layers": 2}),
+    "pp_formulanet": ("an encoder", {}),
+    "qwen2_5_omni": ("model.thinker", {}),
+    "qwen3_omni_moe": ("model.thinker", {"enable_audio_output": False}),
+    "qwen4_exp": ("selected keys only", {"text_config": {**INDEXER, "num_hidden_layers": 4}}),
+    "t5gemma2": ("an encoder", {}),
+    "udop": ("an encoder", {}),
+    "vision-encoder-decoder": ("an encoder", {}),
+    **{name: ("no image", {}) for name, family in FAMILIES.items() if family.refused == SPEECH},
+}
+OUTSIDE_THE_MAPS = {"mistral_large4": "MistralLarge4ForConditionalGeneration", "pixtral": "PixtralVisionModel"}
+MODELS = {
+    **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    **OUTSIDE_THE_MAPS,
 }
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_refused(family):
-    name, config, reason = REFUSED[family]
-    if not hasattr(transformers, name):
-        pytest.skip(f"transformers {transformers.__version__} lacks {name}")
+    reason, config = REFUSED[family]
+    if family not in MODELS or not hasattr(transformers, MODELS[family]):
+        pytest.skip(f"transformers {transformers.__version__} lacks {family}")
+    name = MODELS[family]
     cls = getattr(transformers, name)
-    config = {"text_config": dict(TEXT), **config} if "num_hidden_layers" not in config else config
     with torch.device("meta"):
         model = cls(cls.config_class(**config))
-    with pytest.raises(eah.UnsupportedModelError, match=f"{name} .*cannot be enabled: .*{reason}"):
+    with pytest.raises(eah.UnsupportedModelError, match=f"{name} .*{family}.*cannot be enabled: .*{reason}"):
+        eah.enable(model)
+
+
+def test_every_model_that_takes_images_and_text_has_a_row():
+    """In the transformers at hand: a type that a later one adds is reported here."""
+    assert set(MODELS) - set(FAMILIES) == set()
+
+
+@pytest.mark.parametrize("name", ["Bert", "CLIP", "GPT2", "Llama", "Mamba", "T5", "ViT", "Whisper"])
+def test_models_without_an_image_token_are_refused(name):
+    cls = getattr(transformers, f"{name}Model")
+    with torch.device("meta"):
+        model = cls(cls.config_class())
+    with pytest.raises(eah.UnsupportedModelError, match=r"no image token|an encoder"):
         eah.enable(model)
 
 
@@ -177,10 +276,35 @@ def test_an_encoder_decoder_is_refused():
         eah.enable(model)
 
 
-def test_layers_of_sparse_attention_are_refused():
-    model = built("minimax_m3_vl")
-    with pytest.raises(eah.UnsupportedModelError, match=r"layer 2 of .* no attention map .* first usable layer is 1"):
-        eah.enable(model, layers=(2,))
+@pytest.mark.parametrize(
+    ("family", "changes", "layer", "reason"),
+    [
+        ("minimax_m3_vl", {}, 2, "its attention looks at selected keys only"),
+        ("dots3_note", {}, 1, "its attention looks at selected keys only"),
+        ("gemma3n", {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3}, 2, "no keys of its own"),
+        ("gemma4", {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3}, 2, "no keys of its own"),
+        ("gemma4", {"global_head_dim": 512}, 2, "its head dim is 512, the largest possible is 256"),
+    ],
+)
+def test_refused_layers(family, changes, layer, reason):
+    skip_without(TINY[family].config)
+    model = build(family, **changes)
+    first = FAMILIES[family].first_layer
+    with pytest.raises(
+        eah.UnsupportedModelError,
+        match=f"layer {layer} of .* no attention map .*{reason}.* first usable layer is {first}",
+    ):
+        eah.enable(model, layers=(layer,))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_heads_and_their_dims(family):
+    """What is said of the layer before any forward is what its attention then gets."""
+    model, inputs = built(family), prompt(family, ["abIc"])
+    oracle = Oracle(model, lambda twin: attention_of(twin, TINY[family].layer), inputs["input_ids"] == IMAGE)
+    oracle(**inputs)
+    module = attention_of(model, TINY[family].layer)
+    assert (query_heads(module), *head_dims(module)) == oracle.dims
 
 
 def everything(model):

@@ -15,7 +15,16 @@ from eah.chunked_prefill import ChunkedPrefill
 from eah.decode import MODES
 from eah.image_tokens import ImageTokens
 from eah.inner_generate import InnerGenerate
-from eah.models import Family, UnsupportedModelError, attention_modules, family_of, image_token_ids, named
+from eah.models import (
+    Family,
+    UnsupportedModelError,
+    attention_modules,
+    family_of,
+    head_dims,
+    image_token_ids,
+    named,
+    query_heads,
+)
 from eah.report import LayerReport, Report, RowReport, layer_report
 from eah.swap import Settings, SwappedLayer, register
 
@@ -90,7 +99,8 @@ def enable(
     token_ids = image_token_ids(model, family or Family(), video)
     modules = attention_modules(model, layers, may_move=isinstance(layers, DefaultLayers))
     settings = Settings(threshold, min_density, backend, broadcast_to, decode, tested=family is not None)
-    _check_knobs(model, min(module.config.num_attention_heads for module in modules), settings)
+    for module in modules:
+        _check_knobs(model, module, settings)
     notes = _notes(model, family, layers, tuple(module.layer_idx for module in modules), decode)
 
     register()
@@ -234,13 +244,15 @@ def _notes(model, family: Family | None, asked: tuple, used: tuple, decode: str)
     return tuple(notes)
 
 
-def _check_knobs(model, heads: int, settings: Settings) -> None:
+def _check_knobs(model, module: torch.nn.Module, settings: Settings) -> None:
     """Raises for a bad knob, and for a backend that cannot run where the model is: an empty call checks them all."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    empty = torch.empty(0, heads, 1, 1, dtype=model.dtype, device=device)
+    key, value = (
+        torch.empty(0, query_heads(module), 1, dim, dtype=model.dtype, device=device) for dim in head_dims(module)
+    )
     image_mask = torch.empty(0, 1, dtype=torch.bool, device=device)
     eah_attention(
-        *(empty, empty, empty, image_mask),
+        *(key, key, value, image_mask),
         threshold=settings.threshold,
         min_density=settings.min_density,
         broadcast_to=settings.broadcast_to,

@@ -53,7 +53,7 @@ def what_arrived(layer, implementation, query, key, value, attention_mask, prefi
         return Call(key, value, image_mask, padding, is_causal, kwargs.get("sliding_window"))
     if attention_mask is None:  # sdpa is then causal by its flag; eager and flex see everything
         return Call(key, value, image_mask, None, implementation == "sdpa" and is_causal)
-    if layer.settings.tested and _plain_causal(layer.config, kwargs) and not prefill.own_mask:
+    if layer.settings.tested and plain_causal(layer.config, kwargs) and not prefill.own_mask:
         padding = prefill.padding_mask
         if padding is None or tuple(padding.shape) == tuple(image_mask.shape):
             return Call(key, value, image_mask, None if padding is None else padding.to(query.device), True)
@@ -127,7 +127,7 @@ def _is_causal(layer, kwargs) -> bool:
     return bool(getattr(layer.module, "is_causal", True) if told is None else told)
 
 
-def _plain_causal(config, kwargs) -> bool:
+def plain_causal(config, kwargs) -> bool:
     return (
         config.model_type in PLAIN_CAUSAL_DECODERS
         and kwargs.get("sliding_window") is None

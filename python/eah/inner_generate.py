@@ -36,6 +36,7 @@ class InnerGenerate:
         arguments = bound.arguments
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         if ids is None and embeds is None:  # the model then makes a prompt of its image tokens and a start token
-            length = self.model.config.num_query_tokens
+            frames = arguments["pixel_values"].shape[1:-3].numel()  # of a video
+            length = self.model.config.num_query_tokens * frames
             return torch.arange(length + 1)[None] < length
         return self.tokens.find(self.model, ids, embeds if ids is None else ids, arguments)

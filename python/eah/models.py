@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from eah_kernels import MAX_HEAD_DIM
+
 
 class UnsupportedModelError(ValueError):
     """EAH cannot act in this model, or not in this layer; the message says why and where it could."""
@@ -26,7 +28,11 @@ class Family:
 
 
 CROSS_ATTENTION = "its images enter by cross-attention: the text's self-attention has no image tokens"
+ENCODER = "its images enter an encoder: the decoder's self-attention has no image tokens"
 INDICES = "its attention looks at selected keys only (indices)"
+POSITION_BIAS = "its attention adds a position bias"
+SEVERAL = "it holds several models; enable the one with images: eah.enable(model.thinker)"
+SPEECH = "its audio has placeholder tokens, but no image has"
 LINEAR = "the layers before have linear attention or convolutions, without a map"
 
 FAMILIES = {
@@ -35,7 +41,13 @@ FAMILIES = {
     "blip-2": Family(inner_generate="language_model", notes="with a decoder-only language model (OPT)"),
     "chameleon": Family(notes="image token from vocabulary_map"),
     "cohere2_vision": Family(),
+    "cohere_compass": Family(video=True),
+    "cosmos3_edge": Family(video=True),
+    "cosmos3_omni": Family(video=True),
+    "deepseek_ocr2": Family(),
     "deepseek_vl": Family(),
+    "deepseek_vl_hybrid": Family(),
+    "dots3_note": Family(first_layer=2, video=True, notes="layers of sparse attention are refused"),
     "emu3": Family(notes="image token from vocabulary_map"),
     "ernie4_5_vl_moe": Family(video=True),
     "exaone4_5": Family(video=True),
@@ -44,14 +56,24 @@ FAMILIES = {
     "gemma3": Family(notes="image tokens see each other"),
     "gemma3n": Family(),
     "gemma4": Family(video=True, notes="image tokens see each other"),
+    "gemma4_unified": Family(video=True, notes="image tokens see each other"),
+    "glm46v": Family(video=True),
     "glm4v": Family(video=True),
     "glm4v_moe": Family(video=True),
+    "glm_ocr": Family(video=True),
+    "glmga": Family(video=True),
     "got_ocr2": Family(notes="eager attention only"),
     "granite4_vision": Family(),
+    "granite_docling": Family(),
     "hunyuan_vl": Family(),
+    "hyperclovax_vision_v2": Family(video=True),
     "idefics2": Family(),
     "idefics3": Family(),
     "instructblip": Family(inner_generate="language_model", notes="with a decoder-only language model (Vicuna, OPT)"),
+    "instructblipvideo": Family(
+        inner_generate="language_model",
+        notes="with a decoder-only language model (Vicuna, OPT); the token of videos is its image token",
+    ),
     "internvl": Family(),
     "janus": Family(),
     "kimi_k25": Family(video=True, notes="latent attention: values narrower than keys"),
@@ -60,41 +82,88 @@ FAMILIES = {
         inner_generate="text_model",
         notes="image tokens by image_embeds_position_mask",
     ),
+    "kosmos-2.5": Family(
+        position_mask="image_embeds_position_mask", notes="image tokens by image_embeds_position_mask"
+    ),
+    "lfm2_vl": Family(first_layer=2, notes=LINEAR),
     "lfm3_vl": Family(first_layer=2, video=True, notes=LINEAR),
+    "lighton_ocr": Family(),
     "llama4": Family(notes="chunked attention"),
     "llava": Family(),
     "llava_next": Family(),
     "llava_next_video": Family(video=True),
     "llava_onevision": Family(video=True),
+    "minicpm_ocr": Family(first_layer=3, video=True, notes=LINEAR),
     "minicpmv4_6": Family(first_layer=3, video=True, notes=LINEAR),
+    "minicpmv4_7": Family(first_layer=3, video=True, notes=LINEAR),
     "minimax_m3_vl": Family(video=True, notes="layers of sparse attention are refused"),
     "mistral3": Family(),
     "molmo2": Family(notes="image tokens see each other; video frames use the image token"),
+    "muse_glimmer": Family(video=True),
+    "muse_spark": Family(video=True),
     "nemotron_h_omni": Family(first_layer=2, video=True, notes=LINEAR),
     "ovis2": Family(),
     "paddleocr_vl": Family(video=True),
     "paligemma": Family(notes="the prompt sees itself in both directions"),
     "perception_lm": Family(video=True),
+    "phi4_multimodal": Family(),
+    "pp_chart2table": Family(notes="eager attention only"),
     "qianfan_ocr": Family(),
     "qwen2_5_omni_thinker": Family(video=True),
     "qwen2_5_vl": Family(video=True),
     "qwen2_vl": Family(video=True),
     "qwen3_5": Family(first_layer=3, video=True, notes=LINEAR),
+    "qwen3_5_moe": Family(first_layer=3, video=True, notes=LINEAR),
+    "qwen3_omni_moe_thinker": Family(video=True),
     "qwen3_vl": Family(video=True),
     "qwen3_vl_moe": Family(video=True),
+    "shieldgemma2": Family(notes="image tokens see each other"),
     "smolvlm": Family(),
+    "step3p7": Family(),
+    "unlimited_ocr": Family(),
     "video_llama_3": Family(video=True),
     "video_llava": Family(video=True),
     "vipllava": Family(),
     # refused
     "blip": Family(refused=CROSS_ATTENTION),
-    "florence2": Family(refused="its images enter an encoder: the decoder's self-attention has no image tokens"),
+    "diffusion_gemma": Family(
+        refused="it generates by diffusion: the prompt passes through an encoder, whose keys its decoder takes over"
+    ),
+    "evolla": Family(refused="it reads proteins: no image"),
+    "florence2": Family(refused=ENCODER),
+    "fun_asr_nano": Family(refused=SPEECH),
     "git": Family(refused="it puts the image before the prompt by itself: no token of the prompt stands for it"),
+    "glm5_next": Family(refused=INDICES),
+    "glmasr": Family(refused=SPEECH),
+    "granite_speech": Family(refused=SPEECH),
+    "granite_speech_plus": Family(refused=SPEECH),
+    "hy_v4_vl": Family(refused=INDICES),
     "idefics": Family(refused=CROSS_ATTENTION),
-    "inkling_mm_model": Family(refused="its attention adds a position bias"),
+    "inkling2": Family(refused=POSITION_BIAS),
+    "inkling2_loop": Family(refused=POSITION_BIAS),
+    "inkling_mm_model": Family(refused=POSITION_BIAS),
+    "kyutai_speech_to_text": Family(refused=SPEECH),
+    "mistral4": Family(refused="it is a text model: no image"),
     "mistral_large4": Family(refused=INDICES),
     "mllama": Family(refused=CROSS_ATTENTION),
-    "qwen2_5_omni": Family(refused="it holds several models; enable the one with images: eah.enable(model.thinker)"),
+    "moss_transcribe_diarize": Family(refused=SPEECH),
+    "nemo_speechlm": Family(refused=SPEECH),
+    "omniasr": Family(refused=SPEECH),
+    "pi0": Family(refused="it gives robot actions: its language model receives embeddings with the images merged in"),
+    "pix2struct": Family(refused=ENCODER),
+    "pixtral": Family(refused="it is a vision tower: no text"),
+    "pp_formulanet": Family(refused=ENCODER),
+    "qwen2_5_omni": Family(refused=SEVERAL),
+    "qwen2_audio": Family(refused=SPEECH),
+    "qwen3_asr": Family(refused=SPEECH),
+    "qwen3_omni_moe": Family(refused=SEVERAL),
+    "qwen4_exp": Family(refused=INDICES),
+    "t5gemma2": Family(refused=ENCODER),
+    "udop": Family(refused=ENCODER),
+    "vibevoice_asr": Family(refused=SPEECH),
+    "vision-encoder-decoder": Family(refused=ENCODER),
+    "voxtral": Family(refused=SPEECH),
+    "voxtral_realtime": Family(refused=SPEECH),
 }
 
 IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
@@ -105,11 +174,13 @@ VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
 # fmt: off
 PLAIN_CAUSAL_DECODERS = frozenset(
     {
-        "aria_text", "chameleon", "cohere2", "deepseek_v3", "emu3_text_model", "ernie4_5_vl_moe_text", "exaone4",
-        "glm4v_moe_text", "glm4v_text", "granite4_vision_text", "hunyuan_vl_text", "kosmos_2_text_model", "lfm3",
-        "llama", "minimax_m3_vl_text", "mistral", "nemotron_h", "opt", "paddleocr_vl_text", "persimmon", "qwen2",
-        "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_5_text", "qwen3_vl_moe_text",
-        "qwen3_vl_text",
+        "aria_text", "chameleon", "cohere2", "cohere_compass_text", "cosmos3_edge_text", "deepseek_ocr2_text",
+        "deepseek_v3", "emu3_text_model", "ernie4_5_vl_moe_text", "exaone4", "glm4v_moe_text", "glm4v_text",
+        "glm_ocr_text", "granite4_vision_text", "granite_docling_text", "hunyuan_vl_text", "hyperclovax",
+        "kosmos_2_5_text_model", "kosmos_2_text_model", "lfm2", "lfm3", "llama", "minimax_m3_vl_text", "mistral",
+        "muse_glimmer_text", "muse_spark_text", "nemotron_h", "opt", "paddleocr_vl_text", "persimmon",
+        "phi4_multimodal", "qwen2", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3",
+        "qwen3_5_moe_text", "qwen3_5_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text", "qwen3_vl_text", "step3p5",
     }
 )
 # fmt: on
@@ -146,11 +217,9 @@ def family_of(model) -> Family | None:
     family = FAMILIES.get(model.config.model_type)
     if family is not None and family.refused:
         raise UnsupportedModelError(f"{named(model)} cannot be enabled: {family.refused}")
-    if getattr(model.config.get_text_config(decoder=True), "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{named(model)} cannot be enabled: its images enter an encoder, the decoder's self-attention has no "
-            "image tokens"
-        )
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
+        raise UnsupportedModelError(f"{named(model)} cannot be enabled: {ENCODER}")
     return family
 
 
@@ -162,11 +231,14 @@ def image_token_ids(model, family: Family, video: bool) -> tuple[int, ...]:
     """
     if family.position_mask:
         return ()
-    image = _first(model.config, IMAGE_TOKEN_NAMES)
-    if image is None:
+    configs = [model.config, getattr(model.config, "vision_config", None)]
+    video_token = _first(configs, VIDEO_TOKEN_NAMES)
+    image_token = _first(configs, IMAGE_TOKEN_NAMES)
+    ids = [video_token if image_token is None else image_token, video_token if video else None]
+    ids = tuple(dict.fromkeys(token for token in ids if token is not None))
+    if not ids:
         raise UnsupportedModelError(f"{named(model)} has no image token: EAH needs a vision-language model")
-    ids = [image, _first(model.config, VIDEO_TOKEN_NAMES) if video else None]
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
+    return ids
 
 
 def attention_modules(model, layers: tuple[int, ...], may_move: bool = False) -> list[nn.Module]:
@@ -184,9 +256,12 @@ def attention_modules(model, layers: tuple[int, ...], may_move: bool = False) ->
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and hasattr(module, "config") and _calls_attention_interface(type(module)):
             found.setdefault(index, []).append(module)
-    usable = {index: modules[0] for index, modules in found.items() if len(modules) == 1 and _sees_all_keys(modules[0])}
+    single = {index: modules[0] for index, modules in found.items() if len(modules) == 1}
+    reasons = {index: why for index, module in single.items() if (why := _why_not_usable(module))}
+    usable = {index: module for index, module in single.items() if index not in reasons}
     if not usable:
-        raise UnsupportedModelError(f"no layer of {named(model)} has an attention map that can be replaced")
+        why = "".join(f": {reason}" for reason in sorted(set(reasons.values())))
+        raise UnsupportedModelError(f"no layer of {named(model)} has an attention map that can be replaced{why}")
     first = min((index for index in usable if index >= 1), default=min(usable))
     if may_move:
         layers = tuple(layer if layer in usable else first for layer in layers)
@@ -195,10 +270,25 @@ def attention_modules(model, layers: tuple[int, ...], may_move: bool = False) ->
         if not 0 <= layer < count:
             raise ValueError(f"layers must be within 0..{count - 1} for {named(model)}, got {layer}")
         if layer not in usable:
+            why = f" ({reasons[layer]})" if layer in reasons else ""
             raise UnsupportedModelError(
-                f"layer {layer} of {named(model)} has no attention map to replace; the first usable layer is {first}"
+                f"layer {layer} of {named(model)} has no attention map to replace{why}; "
+                f"the first usable layer is {first}"
             )
     return [usable[layer] for layer in layers]
+
+
+def query_heads(module: nn.Module) -> int:
+    """The query heads of an attention module, those that other processes compute included."""
+    return getattr(module, "num_heads", None) or _layer_config(module).num_attention_heads
+
+
+def head_dims(module: nn.Module) -> tuple[int, int]:
+    """The head dims of an attention module's keys and of its values."""
+    config = _layer_config(module)
+    key = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
+    key = key or config.hidden_size // config.num_attention_heads
+    return key, getattr(module, "v_head_dim", None) or key
 
 
 def attention_namespace(cls: type) -> dict:
@@ -211,8 +301,9 @@ def named(model) -> str:
     return f"{type(model).__name__} (model_type {model.config.model_type!r})"
 
 
-def _first(config, names: tuple[str, ...]) -> int | None:
-    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+def _first(configs, names: tuple[str, ...]) -> int | None:
+    values = (getattr(config, name, None) for config in configs for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def _calls_attention_interface(cls: type) -> bool:
@@ -220,6 +311,27 @@ def _calls_attention_interface(cls: type) -> bool:
     return "get_interface" in names and "eager_attention_forward" in attention_namespace(cls)
 
 
-def _sees_all_keys(module: nn.Module) -> bool:
-    """False for sparse attention: an indexer chooses the keys of each query, or an earlier layer's did."""
-    return getattr(module, "indexer", None) is None and not getattr(module, "skip_topk", False)
+def _layer_config(module: nn.Module):
+    """The config of the module's layer, in models whose layers differ."""
+    per_layer = getattr(module.config, "per_layer_config", None)
+    return module.config if per_layer is None else per_layer[module.layer_idx]
+
+
+def _why_not_usable(module: nn.Module) -> str | None:
+    if getattr(module, "indexer", None) is not None or getattr(module, "skip_topk", False):
+        return INDICES
+    if getattr(module, "is_kv_shared_layer", False):
+        return "it has no keys of its own: it reuses those of an earlier layer"
+    if getattr(module, "sinks", None) is not None:
+        return "its attention has sinks of its own"
+    if _names_argument(type(module), "position_bias"):
+        return POSITION_BIAS
+    if max(head_dims(module)) > MAX_HEAD_DIM:
+        return f"its head dim is {max(head_dims(module))}, the largest possible is {MAX_HEAD_DIM}"
+    return None
+
+
+def _names_argument(cls: type, name: str) -> bool:
+    """Whether the forward passes a keyword argument of this name on: such names are among its constants."""
+    constants = inspect.unwrap(cls.forward).__code__.co_consts
+    return any(name == constant or (isinstance(constant, tuple) and name in constant) for constant in constants)

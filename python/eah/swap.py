@@ -26,7 +26,7 @@ from eah.arguments import (
     what_arrived_later,
 )
 from eah.image_tokens import CACHED, CONTINUOUS, PREFILL, Prefill
-from eah.models import attention_namespace
+from eah.models import attention_namespace, query_heads
 from eah.parallel import head_block, lend_across, of_all_heads, of_own_heads
 from eah.report import Record
 from eah_kernels import (
@@ -76,6 +76,7 @@ class SwappedLayer:
     def __init__(self, module: nn.Module, settings: Settings, history: int):
         self.module = module
         self.index = module.layer_idx
+        self.heads = query_heads(module)
         self.settings = settings
         self.config = module.config
         self.record: Record | None = None
@@ -271,7 +272,7 @@ def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill 
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
     if _spread(layer, query):
         block = head_block(layer.module)
-        if block is None or block.size * heads != layer.config.num_attention_heads:
+        if block is None or block.size * heads != layer.heads:
             return SOME_HEADS
         if attention_mask is not None and len(attention_mask.shape) == 4 and attention_mask.shape[1] > 1:
             return MASK_PER_HEAD
@@ -284,7 +285,7 @@ def why_not(layer, implementation, query, key, attention_mask, prefill: Prefill 
 
 def _spread(layer, query) -> bool:
     """The layer has more heads than this process computes."""
-    return query.shape[1] != getattr(layer.config, "num_attention_heads", query.shape[1])
+    return query.shape[1] != layer.heads
 
 
 def _stand_aside(layer: SwappedLayer, reason: str, afterwards: bool = False) -> None:
