@@ -32,7 +32,10 @@ def _load() -> str | None:
     try:
         import_module("eah_kernels._C")
     except ModuleNotFoundError:
-        return "the extension eah_kernels._C is not built; pip install --no-build-isolation and a C++ compiler build it"
+        return (
+            "the extension eah_kernels._C is not built; `pip install --no-build-isolation .` in a clone builds it where "
+            "a C++ compiler and torch are"
+        )
     except ImportError as error:
         return f"the extension eah_kernels._C does not load: {error}"
     return None

@@ -36,8 +36,8 @@ def _load() -> str | None:
         import_module("eah_kernels._cuda")
     except ModuleNotFoundError:
         return (
-            "the extension eah_kernels._cuda is not built; pip install --no-build-isolation builds it where nvcc and a "
-            "torch with CUDA are"
+            "the extension eah_kernels._cuda is not built; `pip install --no-build-isolation .` in a clone builds it "
+            "where nvcc and a torch with CUDA are"
         )
     except ImportError as error:
         return f"the extension eah_kernels._cuda does not load: {error}"

@@ -182,6 +182,14 @@ def test_generate_refuses_a_backend_that_cannot_run(capsys, saved_model, no_weig
     assert status == 1 and 'backend="triton" cannot be used' in err and err.count("\n") == 1
 
 
+def test_a_backend_is_asked_about_the_device_that_it_will_run_on(capsys, saved_model, no_weights, monkeypatch):
+    """Not about the one of the model without weights: with --device cuda Triton would be refused there."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("eah.generate.check_knobs", lambda *_: None)  # as with a GPU
+    with pytest.raises(pytest.fail.Exception, match="the weights were read"):
+        generate(capsys, saved_model, "--backend", "triton")
+
+
 @pytest.mark.parametrize("kind", ["text", "refused"])
 def test_generate_refuses_a_model_by_its_config(capsys, saved_model, no_weights, tmp_path, kind):
     import transformers

@@ -123,7 +123,7 @@ def check_model(model_id: str, knobs: dict | None, trust_remote_code: bool) -> N
     if knobs is not None:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
-        eah.enable(model, **knobs).disable()
+        eah.enable(model, **{**knobs, "backend": "auto"}).disable()  # check_knobs knows the device, and so the backend
 
 
 def prepare(processor, picture, prompt: str):
