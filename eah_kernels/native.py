@@ -33,8 +33,8 @@ def _load() -> str | None:
         import_module("eah_kernels._C")
     except ModuleNotFoundError:
         return (
-            "the extension eah_kernels._C is not built; `pip install --no-build-isolation .` in a clone builds it where "
-            "a C++ compiler and torch are"
+            "the extension eah_kernels._C is not built; `pip install --no-build-isolation .` in a clone builds it "
+            "where a C++ compiler and torch are"
         )
     except ImportError as error:
         return f"the extension eah_kernels._C does not load: {error}"
