@@ -3,13 +3,29 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo test sanitize lint resources bench bench-device clean
+.PHONY: demo test seam wheels sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
 
+# In as many processes as there are cores; without pytest-xdist, `python -m pytest` runs the same in one.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
+
+# The tests of the swap on other versions of transformers, each laid over the environment from tests/NAME.txt.
+VERSIONS := $(patsubst tests/%.txt,%,$(wildcard tests/transformers-*.txt))
+seam: $(VERSIONS:%=seam-%)
+seam-%: $(VENV)/%/installed
+	PYTHONPATH=$(VENV)/$* $(VENV)/bin/python -c "import transformers as t; assert '$*'.endswith(t.__version__), t"
+	PYTHONPATH=$(VENV)/$* $(VENV)/bin/python -m pytest $(PARALLEL) -m seam
+$(VENV)/transformers-%/installed: tests/transformers-%.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install -q --no-deps --target $(@D) -r $<
+	touch $@
+
+wheels: $(INSTALLED)
+	bash tests/wheels.sh $(VENV)/bin/python
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -35,7 +51,7 @@ sanitize: $(INSTALLED)
 	grep -q __asan_ build/sanitize/lib/eah_kernels/_C.abi3.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 $(VENV)/bin/python -m pytest -o pythonpath="build/sanitize/lib python tests" \
-	    tests/test_native.py tests/test_backends.py tests/test_hidden.py -k "native and not setup and not missing"
+	    tests/test_native.py tests/test_backends.py tests/test_hidden.py -k "native and not missing"
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -2,8 +2,8 @@
 
 The extension has two parts: eah_kernels._C for the CPU needs a C++ compiler and torch in the environment that builds
 (`pip install --no-build-isolation .`), eah_kernels._cuda also nvcc and a torch with CUDA. Without them everything else
-is installed. EAH_BUILD=none leaves both out; EAH_BUILD=cpu or cuda (both parts) fails, saying why, when a part cannot
-be built.
+is installed, as a wheel for any Python and platform. EAH_BUILD=none leaves both out; EAH_BUILD=cpu or cuda (both parts)
+fails, saying why, when a part cannot be built.
 """
 
 import os
@@ -14,7 +14,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 CPU_SOURCE = "csrc/cpu/attention.cpp"
 FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]
@@ -26,6 +27,17 @@ CAPABILITIES = {
 }
 CUDA_SOURCES = ["csrc/cuda/prefill.cu", "csrc/cuda/decode.cu"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of torch 2.10
+
+
+class Wheel(bdist_wheel):
+    """Tagged for what was built: Python's limited API, of 3.10 as torch's BuildExtension has it, or pure Python."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        self.skip_build = True  # it is done
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        self.py_limited_api = "cp310"
+        super().run()
 
 
 def native_extension() -> dict:
@@ -44,14 +56,26 @@ def native_extension() -> dict:
             continue
         extension = make()
         extension.optional = not forced
+        absent = [path for path in (*extension.sources, *extension.depends) if not os.path.exists(path)]
+        if absent:
+            sys.exit(f"eah_kernels.{name} cannot be built: its source file {absent[0]} is missing here: {os.getcwd()}")
         parts.append(extension)
     if not parts:
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        def run(self) -> None:
+            super().run()
+            # setuptools only warns where an optional extension fails, and would count it among what was built.
+            built = [part for part in self.extensions if os.path.exists(self.get_ext_fullpath(part.name))]
+            self.distribution.ext_modules = built
+
         def build_extension(self, extension: Extension) -> None:
             """Compiles the CPU kernels once per CPU capability; attention.h says how one is chosen."""
+            path = self.get_ext_fullpath(extension.name)
+            if os.path.exists(path):
+                os.remove(path)  # of an earlier build, which a failure of this one would leave
             x86 = platform.machine().lower() in ("x86_64", "amd64")
 
             def compile_for(capability: str) -> list[str]:
@@ -69,7 +93,7 @@ def native_extension() -> dict:
                         extension.extra_objects += objects
             super().build_extension(extension)
 
-    return {"ext_modules": parts, "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
+    return {"ext_modules": parts, "cmdclass": {"build_ext": Build.with_options(use_ninja=False), "bdist_wheel": Wheel}}
 
 
 def cpu_extension() -> Extension:
@@ -144,7 +168,7 @@ def nvcc_release() -> tuple[int, int] | None:
 
 
 setup(
-    packages=["eah_kernels", "eah_kernels.triton", "eah"],
+    packages=[*find_packages(include=["eah_kernels*"]), *find_packages("python")],
     package_dir={"eah": "python/eah"},
     **native_extension(),
 )

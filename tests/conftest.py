@@ -1,12 +1,17 @@
 import os
 
-import pytest
-import torch
+# Under pytest-xdist each of its processes has its share of the cores, and so have the processes that a test starts.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = max(1, min(2, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # read when torch is first imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What is the native backend's own: threads, CPU capabilities, mask layouts, how it is built, and why it is missing.
+"""What is the native backend's own: threads, CPU capabilities, mask layouts, and why it is missing.
 
 That it computes what the reference defines is in test_backends.py and test_hidden.py.
 """
@@ -154,31 +154,3 @@ def test_a_build_for_another_torch_is_refused():
     code = "import torch; torch.__version__ = '2.1.0'; from eah_kernels import native; print(native.why_not())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "built for torch" in done.stdout and "2.1.0" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("build", "compiler", "error"),
-    [
-        ("none", None, None),
-        ("gpu", None, "EAH_BUILD must be none, cpu or cuda, or not set, got 'gpu'"),
-        ("cuda", "no-such-compiler", "EAH_BUILD=cuda: eah_kernels._C cannot be built: no C++ compiler"),
-        pytest.param(
-            "cuda",
-            None,
-            f"EAH_BUILD=cuda: eah_kernels._cuda cannot be built: torch {torch.__version__} is built without CUDA",
-            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA"),
-        ),
-        ("cpu", "no-such-compiler", "EAH_BUILD=cpu: eah_kernels._C cannot be built: no C++ compiler"),
-        (None, "no-such-compiler", None),
-    ],
-)
-def test_what_setup_builds(build, compiler, error):
-    asked = {"EAH_BUILD": build, "CXX": compiler}
-    environment = {k: v for k, v in os.environ.items() if k not in asked}
-    environment |= {k: v for k, v in asked.items() if v is not None}
-    pytest.importorskip("setuptools")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode != 0) == (error is not None), done.stderr
-    assert error is None or error in done.stderr
