@@ -11,8 +11,9 @@ multiprocessor per score that the former's issues, exps and matrix products take
 `attend` has two loops: for the shared map and, with a running maximum, for a head's own map. `pack` and `decode` have
 none that counts.
 
-Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, or spills without
-the tile table (eah_kernels/triton/configs.py) saying why; on sm_90 in 16 bits, masked or not, also when a statistics
+Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, spills without
+the tile table (eah_kernels/triton/configs.py) saying why, or reads shared memory through the async proxy without a
+fence (fences.py; wgmma and tcgen05, so sm_90 and sm_100); on sm_90 in 16 bits, masked or not, also when a statistics
 loop issues more than 10 % above the floor of its exps and matrix products, the shared map has no loop without a running
 maximum, a loop loads scalars from global memory, or a boolean mask more than doubles what a loop issues.
 """
@@ -39,6 +40,7 @@ from eah_kernels.triton import attend, decode, lse, pack, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.configs import HEAD_DIMS, TILES
 from eah_kernels.triton.launch import Launch, Problem
+from fences import unfenced_reads
 from sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop
 
 
@@ -98,7 +100,8 @@ class Cost(NamedTuple):
     registers: int
     spill_bytes: int
     shared_bytes: int
-    code: str
+    code: str  # machine code
+    ptx: str = ""
     loops: dict[str, Loop | None] | None = None  # by what they compute
 
 
@@ -120,7 +123,7 @@ def compile_launch(launch: Launch, target: str) -> Cost:
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
         sass = _tool("cuobjdump", "--dump-sass", cubin.name)
     local = int(re.search(r"LOCAL:(\d+)", usage)[1]) + int(re.search(r"STACK:(\d+)", usage)[1])
-    return Cost(int(re.search(r"REG:(\d+)", usage)[1]), local, compiled.metadata.shared, sass)
+    return Cost(int(re.search(r"REG:(\d+)", usage)[1]), local, compiled.metadata.shared, sass, compiled.asm["ptx"])
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -197,9 +200,12 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
         problems.append(f"no {row.matrix} instruction")
     if cost.spill_bytes and not tile.spills:
         problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")
+    unfenced = unfenced_reads(cost.ptx)
+    if unfenced:
+        problems.append(f"{len(unfenced)} matrix instructions read shared memory without a proxy fence")
     if row.target == "sm_90" and row.kind != "float32":
         problems += [problem for name, loop in loops.items() for problem in loop_problems(row, name, loop)]
-    return row, cost._replace(code="", loops=loops), problems
+    return row, cost._replace(code="", ptx="", loops=loops), problems
 
 
 def loop_problems(row: Row, name: str, loop: Loop | None) -> list[str]:

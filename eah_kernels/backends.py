@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -54,7 +57,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "float64 has no Triton kernel; accepted are float16, bfloat16 and float32"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cuda" and not interpreted:
-        return None
+        return _why_unfenced(device)
     if not interpreted:
         return (
             "it runs on CUDA and ROCm devices, and with TRITON_INTERPRET=1 (Triton's slow interpreter) on CPUs; the "
@@ -63,3 +66,18 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly; accepted there are float16 and float32"
     return None
+
+
+def _why_unfenced(device: torch.device) -> str | None:
+    """tcgen05 reads shared memory beside the threads' own path to it, and triton before 3.7.1 puts no fence between."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 10 or _triton() >= (3, 7, 1):
+        return None
+    return f"on {device}, compute capability 10, it needs triton >= 3.7.1: older ones compile data races there"
+
+
+@cache
+def _triton() -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:3])
+
+
+_triton._dynamo_marked_constant = True  # as in native.py

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from eah_kernels import eah_attention, receiving_heads, select_head, shared_map_attention, sink_statistics
+from eah_kernels import backends, eah_attention, receiving_heads, select_head, shared_map_attention, sink_statistics
 from support import NATIVE
 
 B, H, S, D = 2, 4, 5, 8
@@ -118,6 +118,19 @@ def test_an_unavailable_backend_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):
         eah_attention(**arguments(backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "release", "usable"),
+    [((10, 0), (3, 7, 0), False), ((10, 3), (3, 6, 0), False), ((10, 0), (3, 7, 1), True), ((9, 0), (3, 6, 0), True)],
+)
+def test_a_triton_that_compiles_races_is_refused(monkeypatch, capability, release, usable):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_triton", lambda: release)
+    reason = backends.why_not_triton(torch.device("cuda", 0), torch.float16)
+    assert (reason is None) == usable and (usable or "3.7.1" in reason)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])

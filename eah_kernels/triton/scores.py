@@ -101,15 +101,17 @@ def unpack(words, start_a, start_b, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def mask_tile(score, start_a, start_b, words, biased, entry_ptr, stride_a, stride_b, R: tl.constexpr):
-    """The score under a packed 4-D mask, -inf where hidden; biased: plus the entries, the tile's first at entry_ptr."""
-    visible = unpack(words, start_a, start_b, score.shape[0], score.shape[1])
-    if R.MASK == BIAS_MASK:  # noqa: SIM102
-        if biased:
-            local_a, local_b = tl.arange(0, score.shape[0])[:, None], tl.arange(0, score.shape[1])[None, :]
-            entry = tl.load(entry_ptr + local_a * stride_a + local_b * stride_b, mask=visible, other=0)
-            score += entry.to(tl.float32) * LOG2E
-    return tl.where(visible, score, float("-inf"))
+def add_entries(tile, visible, biased, entry_ptr, stride_a, stride_b):
+    """`tile`, scores or zeros, plus an additive mask's entries at visible pairs, if `biased`; the first at entry_ptr.
+
+    Not to be called between two matrix products: after its branch Triton waits for the second one's operands apart,
+    past the only fence, and wgmma would read them without (bench/fences.py).
+    """
+    if biased:
+        local_a, local_b = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+        entry = tl.load(entry_ptr + local_a * stride_a + local_b * stride_b, mask=visible, other=0)
+        tile += entry.to(tl.float32) * LOG2E
+    return tile
 
 
 @triton.jit
@@ -126,12 +128,19 @@ def score_block(
     TILE_MASK: tl.constexpr = R.MASK if EDGE and BY_KEY else NO_MASK
     keep = start_n + local_n < (sizes.kv_len if EDGE else start_n + BLOCK_N)
     keep = shown_keys(start_n, local_n, keep, mask, TILE_MASK)
+    if EDGE and not BY_KEY:
+        visible = unpack(words, start_m, start_n, q.main.shape[0], BLOCK_N)
+        if R.MASK == BIAS_MASK:
+            corner = at(at(mask.ptr, start_m, mask.row), start_n, mask.column)
+            bias = tl.zeros([q.main.shape[0], BLOCK_N], tl.float32)
+            bias = add_entries(bias, visible, span.biased, corner, mask.row, mask.column)
     qk = dot_rows(q, load_operand(k, start_n, keep, R), R)
     score, _ = score_tile(
         qk, start_m, local_m[:, None], start_n, local_n[None, :], sizes, mask, scale, R,
         TILE_MASK, EDGE and BY_KEY, True,
     )  # fmt: skip
     if EDGE and not BY_KEY:
-        corner = at(at(mask.ptr, start_m, mask.row), start_n, mask.column)
-        score = mask_tile(score, start_m, start_n, words, span.biased, corner, mask.row, mask.column, R)
+        if R.MASK == BIAS_MASK:
+            score += bias
+        score = tl.where(visible, score, float("-inf"))
     return score, keep

@@ -8,11 +8,11 @@ head are added by integer atomics, so the counts are the same in every run; a ba
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import CELL, KEY_MASK, NO_MASK, Choice, Sizes, Tally
+from eah_kernels.triton.bundles import BIAS_MASK, CELL, KEY_MASK, NO_MASK, Choice, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, view
 from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand
 from eah_kernels.triton.ranges import BEFORE, place, row_range, seeing_rows, walk
-from eah_kernels.triton.scores import counting_rows, mask_tile, score_tile, shown_keys
+from eah_kernels.triton.scores import add_entries, counting_rows, score_tile, shown_keys, unpack
 
 
 @triton.jit
@@ -84,8 +84,11 @@ def _sinks_kernel(
             )  # fmt: skip
             score += row_lse[None, :]  # [BLOCK_N, BLOCK_M]
             if EDGE and not R.BY_KEY:  # the words hide rows that do not count: last, as their log-sum-exp may be NaN
-                corner = at(at(mask.ptr, start_m, mask.row), start_n, mask.column)
-                score = mask_tile(score, start_n, start_m, words, span.biased, corner, mask.column, mask.row, R)
+                visible = unpack(words, start_n, start_m, BLOCK_N, BLOCK_M)
+                if R.MASK == BIAS_MASK:
+                    corner = at(at(mask.ptr, start_m, mask.row), start_n, mask.column)
+                    score = add_entries(score, visible, span.biased, corner, mask.column, mask.row)
+                score = tl.where(visible, score, float("-inf"))
             mass += tl.exp2(score)
     if R.BY_KEY:
         seeing = seeing_rows(key, sizes, before, R)
