@@ -17,15 +17,18 @@ from eah_kernels.api import (
     shared_map_attention,
     sink_statistics,
 )
+from eah_kernels.by_row import HeadsByRow, heads_by_row
 from eah_kernels.masks import Scoring
 from eah_kernels.native import native_parts
 
 __all__ = [
     "MAX_HEAD_DIM",
     "EAHResult",
+    "HeadsByRow",
     "Scoring",
     "SinkStatistics",
     "eah_attention",
+    "heads_by_row",
     "native_parts",
     "receiving_heads",
     "seeing_rows",

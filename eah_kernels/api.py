@@ -235,8 +235,10 @@ def shared_map_attention(
     """Attention with the map of `head` for every head: P_{h*} V_h, or P_h V_h where `head` is -1.
 
     Args:
-        head: (B,) int32, each -1 or a query head's index (not checked: that would read the device).
-        receives: (B, Hq) bool, from `receiving_heads`: the heads that take the map; the others keep their own.
+        head: (B,) or, for a choice by row, (B, Sq) int32, each -1 or a query head's index (not checked: that would
+            read the device, which a choice by row does).
+        receives: (B, Hq) or (B, Hq, Sq) bool, as from `receiving_heads`: the heads that take the map; the others keep
+            their own.
         The others as for `eah_attention`, and so the errors.
 
     Returns:
@@ -244,12 +246,14 @@ def shared_map_attention(
     """
     scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
     _check_value(query, key, value)
-    _check_head(head, query)
+    batch, heads, q_len, _ = query.shape
+    _check_head(head, query, q_len)
     if receives is not None:
         _require_tensors(receives=receives)
-        if receives.shape != query.shape[:2] or receives.dtype != torch.bool or receives.device != query.device:
-            shape = tuple(query.shape[:2])
-            raise ValueError(f"receives must be {shape} bool on {query.device}, got {_describe(receives)}")
+        shapes = (batch, heads), (batch, heads, q_len)
+        if tuple(receives.shape) not in shapes or receives.dtype != torch.bool or receives.device != query.device:
+            accepted = f"{shapes[0]} or {shapes[1]} bool on {query.device}"
+            raise ValueError(f"receives must be {accepted}, got {_describe(receives)}")
     backend = choose_backend(backend, query)
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         return ops.empty_output(query, value).zero_()
@@ -263,8 +267,10 @@ def _lend(query, key, value, head, receives, scoring: Scoring, backend: str) -> 
     shared = ops.shared_map_attention(query, key, value, head, *scoring, backend)
     if receives is None:
         return shared
-    own = ops.shared_map_attention(query, key, value, torch.full_like(head, -1), *scoring, backend)
-    return torch.where(receives[..., None, None], shared, own)  # where head is -1 they are the same
+    none = head.new_full(head.shape[:1], -1)
+    own = ops.shared_map_attention(query, key, value, none, *scoring, backend)
+    receives = receives[..., None] if receives.dim() == 2 else receives
+    return torch.where(receives[..., None], shared, own)  # where head is -1 they are the same
 
 
 def _exact(query: Tensor) -> torch.autocast:
@@ -316,10 +322,15 @@ def _check_counts(sink_counts: Tensor) -> None:
         raise ValueError(f"sink_counts must be (B, Hq) int32 with Hq >= 1, got {_describe(sink_counts)}")
 
 
-def _check_head(head: Tensor, like: Tensor) -> None:
+def _check_head(head: Tensor, like: Tensor, q_len: int | None = None) -> None:
+    """(B,), or (B, Sq) where q_len is given."""
     _require_tensors(head=head)
-    if head.shape != like.shape[:1] or head.dtype != torch.int32 or head.device != like.device:
-        raise ValueError(f"head must be ({like.shape[0]},) int32 on {like.device}, got {_describe(head)}")
+    batch = like.shape[0]
+    by_row = q_len is not None and head.dim() == 2
+    fits = tuple(head.shape) == ((batch, q_len) if by_row else (batch,))
+    if not fits or head.dtype != torch.int32 or head.device != like.device:
+        accepted = f"({batch},)" if q_len is None else f"({batch},) or ({batch}, {q_len})"
+        raise ValueError(f"head must be {accepted} int32 on {like.device}, got {_describe(head)}")
 
 
 def _receivers(broadcast_to: int | str, heads: int) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eah_kernels.masks import Scoring
 from eah_kernels.ops import empty_output
-from eah_kernels.reference import select_head
+from eah_kernels.reference import densest_head, select_head
 
 ROWS = 128  # query rows per block
 SCORES = 1 << 19  # scores per block: as many KV heads at once as this allows, at least one
@@ -99,6 +99,46 @@ def _statistics(query, key, image_mask, threshold, scoring: Scoring, want_lse: b
         mean[b] /= seen_by.clamp(min=1)
         mean[b].masked_fill_(~image_mask[b], 0)
     return (mean > threshold).sum(-1, dtype=torch.int32), lse, mean
+
+
+def heads_by_row(query, key, image_mask, column_sum, seeing, threshold, min_density, scoring: Scoring):
+    """See eah_kernels/by_row.py. A few KV heads and ROWS rows at a time; the sums run on from block to block."""
+    batch, heads, q_len, _ = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    offset = image_mask.shape[1] - kv_len  # columns before the first key
+    column_sum, counts = column_sum.clone(), query.new_zeros(batch, heads, q_len, dtype=torch.int32)
+    seeing = seeing.expand(-1, max(scoring.mask_heads, seeing.shape[1]), -1).clone()
+    for b in range(batch):
+        image = image_mask[b].nonzero().flatten().tolist()
+        if not image:
+            continue
+        rules = scoring.at(b)
+        q, k = query[b].unflatten(0, (kv_heads, -1)), _widened(key[b])
+        counting = rules.counting_rows(q_len, kv_len, query.device)[0]
+        sums, number = column_sum[b].unflatten(0, (kv_heads, -1)), seeing[b]
+        row_counts = counts[b].unflatten(0, (kv_heads, -1))
+        for block in _row_blocks(rules, q_len, kv_len, query.device):
+            first, last = max(image[0], block.keys.start + offset), min(image[-1] + 1, block.keys.stop + offset)
+            columns = slice(first, max(first, last))
+            keys = slice(columns.start - offset - block.keys.start, columns.stop - offset - block.keys.start)
+            own = block.rows.start + kv_len - q_len - block.keys.start - keys.start  # of the first row, in the tile
+            left_out = ~(block.visible[..., keys] & counting[:, block.rows, None] & image_mask[b, columns])
+            left_out.diagonal(own, -2, -1).fill_(True)
+            seen_by = _by_kv_head(number[:, None, columns] + (~left_out).cumsum(-2), kv_heads)
+            least = seen_by * threshold
+            elsewhere = column_sum[b] > number * threshold
+            elsewhere[:, columns] = False
+            row_counts[:, :, block.rows] = elsewhere.sum(-1, dtype=torch.int32).view(kv_heads, -1, 1)
+            left_out = _by_kv_head(left_out, kv_heads)
+            for group, _, maps in _maps(q, k, rules, block) if columns.start < columns.stop else ():
+                share = maps[..., keys].masked_fill_(_pick(left_out, group), 0)
+                running = share.cumsum(-2).add_(sums[group, :, None, columns])
+                row_counts[group, :, block.rows] += (running > _pick(least, group)).sum(-1, dtype=torch.int32)
+                sums[group, :, columns] = running[..., -1, :]
+            number[:, columns] = seen_by[..., -1, :].flatten(0, 1)
+    image_tokens = image_mask.cumsum(-1)[:, image_mask.shape[1] - q_len :]
+    head = densest_head(counts.transpose(1, 2), image_tokens, min_density)
+    return head, counts, column_sum, seeing
 
 
 def _row_blocks(rules: Scoring, q_len: int, kv_len: int, device: torch.device) -> Iterator[RowBlock]:

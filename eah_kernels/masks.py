@@ -31,7 +31,13 @@ class Scoring(NamedTuple):
             mask = mask[:, head : head + 1]
         return self._replace(attention_mask=mask)
 
-    def visible(self, q_len: int, kv_len: int, device: torch.device, rows: slice, keys: slice) -> Tensor:
+    @property
+    def mask_heads(self) -> int:
+        """How many heads the mask tells apart: 1, or Hq for a mask per head."""
+        mask = self.attention_mask
+        return 1 if mask is None or mask.dim() == 2 else mask.shape[1]
+
+    def visible(self, q_len: int, kv_len: int, device: torch.device, rows: slice | Tensor, keys: slice) -> Tensor:
         """Bool (B|1, Hq|1, rows, keys): True where the row sees the key."""
         position = torch.arange(q_len, device=device)[rows, None] + (kv_len - q_len)
         key = torch.arange(kv_len, device=device)[None, keys]
@@ -46,12 +52,20 @@ class Scoring(NamedTuple):
             return seen & mask[:, None, None, keys]
         return seen & shows(mask[:, :, rows, keys])
 
-    def bias(self, rows: slice, keys: slice) -> Tensor | None:
+    def bias(self, rows: slice | Tensor, keys: slice) -> Tensor | None:
         """What an additive mask adds to the score, (B|1, Hq|1, rows, keys), or None."""
         mask = self.attention_mask
         if mask is None or mask.dtype == torch.bool:
             return None
         return mask[:, :, rows, keys]
+
+    def of_rows(self, rows: Tensor | slice, q_len: int, kv_len: int, device: torch.device) -> Scoring:
+        """The same rules for some rows in place of all, as one mask (B|1, 1|Hq, rows, Skv): no position tells it."""
+        every = slice(None)
+        mask, bias = self.visible(q_len, kv_len, device, rows, every), self.bias(rows, every)
+        if bias is not None:
+            mask = bias.masked_fill(~mask, -torch.inf)
+        return self._replace(attention_mask=mask, causal=False, sliding_window=None)
 
     def counting_rows(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
         """Bool (B|1, Hq|1, Sq): True where the row sees its own key (spec, step 1)."""

@@ -1,6 +1,7 @@
 """torch.library ops over the inference backends. Each returns plain tensors; a backend is imported when it first runs.
 
-A backend is a module with `eah_attention`, `sink_statistics` and `shared_map_attention`, each taking a `Scoring`.
+A backend is a module with `eah_attention`, `sink_statistics` and `shared_map_attention`, each taking a `Scoring`. Only
+"torch" has `heads_by_row`.
 """
 
 from __future__ import annotations
@@ -74,13 +75,55 @@ def _(query, key, image_mask, threshold, return_column_mean, *_):
     schema=f"(Tensor query, Tensor key, Tensor value, Tensor head, {SCORING}) -> Tensor",
 )
 def shared_map_attention(query, key, value, head, *scoring_backend):
+    """head is (B,) or (B, Sq)."""
     *scoring, backend = scoring_backend
-    return _backend(backend).shared_map_attention(query, key, value, head, Scoring(*scoring))
+    attend = _backend(backend).shared_map_attention
+    if head.dim() == 2:
+        return _by_row(attend, query, key, value, head, Scoring(*scoring))
+    return attend(query, key, value, head, Scoring(*scoring))
 
 
 @shared_map_attention.register_fake
 def _(query, key, value, head, *_):
     return empty_output(query, value)
+
+
+def _by_row(attend, query, key, value, head, scoring: Scoring) -> Tensor:
+    """Rows that share a head are attended together. Reads the heads on the host."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    output = empty_output(query, value)
+    for b, heads in enumerate(head.tolist()):
+        row, rules = slice(b, b + 1), scoring.at(b)
+        for chosen in sorted(set(heads)):
+            one = head.new_full((1,), chosen)
+            if heads.count(chosen) == q_len:
+                output[row] = attend(query[row], key[row], value[row], one, rules)
+                continue
+            rows = (head[b] == chosen).nonzero().flatten()
+            some = rules.of_rows(rows, q_len, kv_len, query.device)
+            output[row, :, rows] = attend(query[row][:, :, rows], key[row], value[row], one, some)
+    return output
+
+
+@torch.library.custom_op(
+    "eah_kernels::heads_by_row",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor image_mask, Tensor column_sum, Tensor seeing, float threshold, "
+    f"float min_density, {SCORING}) -> (Tensor head, Tensor sink_counts, Tensor column_sum, Tensor seeing)",
+)
+def heads_by_row(query, key, image_mask, column_sum, seeing, threshold, min_density, *scoring_backend):
+    *scoring, backend = scoring_backend
+    arguments = query, key, image_mask, column_sum, seeing, threshold, min_density
+    return _backend(backend).heads_by_row(*arguments, Scoring(*scoring))
+
+
+@heads_by_row.register_fake
+def _(query, key, image_mask, column_sum, seeing, threshold, min_density, *scoring_backend):
+    batch, heads, q_len, _ = query.shape
+    counts = query.new_empty(batch, heads, q_len, dtype=torch.int32)
+    mask_heads = max(seeing.shape[1], Scoring(*scoring_backend[:-1]).mask_heads)
+    seeing = seeing.new_empty(batch, mask_heads, seeing.shape[2])
+    return counts.new_empty(batch, q_len), counts, torch.empty_like(column_sum), seeing
 
 
 def _refuse_grad(ctx, inputs, output):
@@ -94,5 +137,5 @@ def _no_backward(ctx, *grads):
     raise AssertionError("unreachable: the forward refuses inputs that require grad")
 
 
-for _op in (eah_attention, sink_statistics, shared_map_attention):
+for _op in (eah_attention, sink_statistics, shared_map_attention, heads_by_row):
     _op.register_autograd(_no_backward, setup_context=_refuse_grad)

@@ -50,8 +50,13 @@ def sink_statistics(query, key, image_mask, threshold, scoring: Scoring, dtype=t
 
 def select_head(sink_counts: Tensor, image_mask: Tensor, min_density: float) -> Tensor:
     """h* = argmax_h N_h, lowest index on a tie; -1 without a sink, without an image, or below `min_density`. (B,)."""
+    return densest_head(sink_counts, image_mask.sum(-1), min_density)
+
+
+def densest_head(sink_counts: Tensor, image_tokens: Tensor, min_density: float) -> Tensor:
+    """`select_head` for sink_counts (..., Hq) and as many image_tokens (...)."""
     count, head = sink_counts.max(-1)
-    density = count.float() / image_mask.sum(-1).clamp(min=1).float()
+    density = count.float() / image_tokens.clamp(min=1).float()
     chosen = (count > 0) & (density >= min_density)
     return torch.where(chosen, head, -1).int()
 
@@ -64,13 +69,19 @@ def receiving_heads(sink_counts: Tensor, head: Tensor, number: int) -> Tensor:
 
 
 def shared_map_attention(query, key, value, head, scoring: Scoring, dtype=torch.float32, receives=None) -> Tensor:
-    """Every head, or those that `receives` (B, Hq) marks, outputs P_{h*} V_h; else P_h V_h. (B, Hq, Sq, Dv)."""
+    """Every head, or those that `receives` marks, outputs P_{h*} V_h; else P_h V_h. (B, Hq, Sq, Dv).
+
+    head is (B,) or (B, Sq); receives has the heads as its second dimension.
+    """
     probability, _, visible = attention_maps(query, key, scoring, dtype)
-    own = torch.arange(query.shape[1], device=query.device)
-    lent = (head >= 0)[:, None] if receives is None else receives & (head >= 0)[:, None]
-    source = torch.where(lent, head[:, None], own)
-    batch = torch.arange(query.shape[0], device=query.device)[:, None]
-    shared, seen = probability[batch, source], visible.expand_as(probability).any(-2)[batch, source]
+    head = head[:, None] if head.dim() == 2 else head[:, None, None]  # (B, 1, 1|Sq)
+    if receives is not None and receives.dim() == 2:
+        receives = receives[..., None]
+    batch, heads, rows = (torch.arange(n, device=query.device) for n in query.shape[:3])
+    lent = head >= 0 if receives is None else receives & (head >= 0)
+    source = torch.where(lent, head, heads[:, None])
+    where = batch[:, None, None], source, rows
+    shared, seen = probability[where], visible.expand_as(probability)[where].any(-2)
     value = value.to(dtype).repeat_interleave(query.shape[1] // max(value.shape[1], 1), dim=1)
     return (shared @ value.masked_fill(~seen.unsqueeze(-1), 0)).to(query.dtype)
 

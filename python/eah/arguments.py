@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eah.image_tokens import Prefill
 from eah.models import PLAIN_CAUSAL_DECODERS
+from eah_kernels import Scoring
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 HANDLED = ("sdpa", "eager", *FLASH, "flex_attention")  # base implementations whose masks are understood here
@@ -104,6 +105,11 @@ def rules_of(layer, call: Call, kwargs) -> dict:
         "softcap": kwargs.get("softcap"),
         "backend": layer.settings.backend,
     }
+
+
+def scoring_of(call: Call) -> Scoring:
+    """Who sees whom."""
+    return Scoring(call.attention_mask, call.causal, sliding_window=call.sliding_window)
 
 
 def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from eah.decode import HELD, MISSED, NOTHING_HELD
+
 
 class Record(NamedTuple):
     """What a layer leaves behind in a forward: tensors on their device, read only when a report is asked for."""
@@ -16,7 +18,8 @@ class Record(NamedTuple):
     image_mask: Tensor | None = None  # (B, S) bool
     stood_aside: str | None = None
     afterwards: str | None = None
-    continued: str | None = None
+    held: Tensor | None = None  # () bool: later forwards of several tokens were lent a held head's map
+    complete: Tensor | None = None  # () bool, of a static cache: all that was cached is in the sums
     by_embedding: bool = False  # image tokens were looked for among embeddings
 
 
@@ -89,7 +92,13 @@ def layer_report(layer: int, record: Record | None, min_density: float) -> Layer
     rows = zip(record.head.tolist(), record.sink_counts.tolist(), image_tokens, strict=True)
     none_found = NO_PLACEHOLDER if record.by_embedding else NO_IMAGE_TOKEN
     rows = tuple(_row(*row, min_density, none_found) for row in rows)
-    return LayerReport(layer, rows, afterwards=record.afterwards, continued=record.continued)
+    continued, afterwards = None, record.afterwards
+    if record.held is not None:
+        continued, none_held = (HELD, None) if record.held.item() else (None, NOTHING_HELD)
+        afterwards = afterwards or none_held
+    if record.complete is not None and not record.complete.item():
+        afterwards = afterwards or MISSED
+    return LayerReport(layer, rows, afterwards=afterwards, continued=continued)
 
 
 def _row(head: int, sinks: list[int], image_tokens: int, min_density: float, none_found: str) -> RowReport:

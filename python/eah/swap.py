@@ -22,6 +22,7 @@ from eah.arguments import (
     lend,
     mask_is_known,
     rules_of,
+    scoring_of,
     what_arrived,
     what_arrived_later,
 )
@@ -160,7 +161,7 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     reason = why_not(layer, implementation, query, key, attention_mask, prefill, kwargs)
     if reason is not None:
         _stand_aside(layer, reason)
-        decode.carry(held, None, reason)
+        decode.carry(held, None, why_none=reason)
         return base(view, *arguments, **kwargs)
 
     call = what_arrived(layer, implementation, *arguments, prefill, kwargs)
@@ -182,11 +183,15 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
             head = select_head(counts, call.image_mask, min_density)
     receives = None if fused and held is None else decode.receivers(counts, head, layer.settings)
     if tracks:
+        scoring = scoring_of(call)
         seeing = seeing_rows(q, k, call.attention_mask, causal=call.causal, sliding_window=call.sliding_window)
-        decode.carry(held, decode.Carried(head.clone(), receives, call.image_mask, mean * seeing, seeing))
+        seeing = seeing[:, : scoring.mask_heads].masked_fill(~call.image_mask[:, None], 0)
+        carried = decode.Carried(head.clone(), receives, call.image_mask, mean * seeing, seeing)
+        decode.carry(held, carried, decode.last_rows(q, scoring, q.shape[2], rules, layer.settings))
     elif held is not None:
         decode.carry(held, decode.Carried(head, receives))
-    layer.remember(Record(head, counts, call.image_mask, by_embedding=prefill.by_embedding))
+    complete = held.complete if tracks else None
+    layer.remember(Record(head, counts, call.image_mask, complete=complete, by_embedding=prefill.by_embedding))
     if not fused:
         return _lent(base, view, arguments, kwargs, head, receives, block)
     if tracks:
@@ -214,31 +219,26 @@ def _later(layer, held, base, view, implementation, query, key, value, attention
         reason = reason or decode.why_not(held, mode, query, key, attention_mask, by_flag, needs_base)
     if reason is not None:
         _stand_aside(layer, reason, afterwards=True)
-        decode.carry(held, None, reason)
+        decode.carry(held, None, why_none=reason)
         return base(view, *arguments, **kwargs)
 
     call = what_arrived_later(layer, implementation, *arguments, kwargs)
     rules = rules_of(layer, call, kwargs)
     q, k, v = as_under_autocast(query, call.key, call.value)
     if mode == "hold":
+        head, receives = held.carried.head, held.carried.receives
         if q_len > 1 and layer.record is not None:
-            layer.remember(layer.record._replace(continued=decode.HELD), instead_of_last=True)
-        steps = [held.carried]
+            held_so_far, held_now = layer.record.held, (head >= 0).any()
+            held_now = held_now if held_so_far is None else held_so_far | held_now.to(held_so_far.device)
+            layer.remember(layer.record._replace(held=held_now), instead_of_last=True)
     else:
         with torch.no_grad():
-            bias = decode.bias_of(call.attention_mask, call.causal, call.sliding_window, q_len, k)
-            steps = decode.track(held, q, k, bias, prefill.image_mask, layer.settings, rules)
+            head, receives = decode.track(held, q, k, scoring_of(call), prefill.image_mask, layer.settings, rules)
+        if layer.record is not None and layer.record.complete is not held.complete:
+            layer.remember(layer.record._replace(complete=held.complete), instead_of_last=True)
     if needs_base:
-        return _lent(base, view, arguments, kwargs, steps[0].head, steps[0].receives, block)
-    if len(steps) == 1:
-        output = shared_map_attention(q, k, v, steps[0].head, receives=steps[0].receives, **rules)
-        return output.transpose(1, 2), None
-    rows = []
-    for row, step in enumerate(steps):
-        own = slice(row, row + 1)
-        alone = rules | {"attention_mask": bias[:, :, own], "causal": False, "sliding_window": None}
-        rows.append(shared_map_attention(q[:, :, own], k, v, step.head, receives=step.receives, **alone))
-    return torch.cat(rows, 2).transpose(1, 2), None
+        return _lent(base, view, arguments, kwargs, head, receives, block)
+    return shared_map_attention(q, k, v, head, receives=receives, **rules).transpose(1, 2), None
 
 
 def _lent(base, view, arguments, kwargs, head: Tensor, receives: Tensor | None, block=None):
