@@ -152,7 +152,7 @@ class Tiny:
     layer: int = 1
     flat: bool = False  # the text config is the config itself
     ids: dict = field(default_factory=lambda: IDS)
-    attn: str = "sdpa"
+    attn: str | dict = "sdpa"  # by sub-config where they differ
     seed: int = 0
 
 

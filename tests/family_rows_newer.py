@@ -41,6 +41,16 @@ SAM = {
     "global_attn_indexes": [1],
 }
 
+CODEBOOK = {
+    "codebook_size": 20,
+    "embed_dim": 4,
+    "latent_channels": 4,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "resolution": 12,
+}
 LATENT = {
     **MOE,
     "num_key_value_heads": 4,
@@ -63,6 +73,24 @@ TINY_AUDIO = {
 }
 
 NEWER = {
+    "apertus1p5": like_llava(
+        "Apertus1p5",
+        "apertus1p5_text",
+        CODEBOOK,
+        top={
+            "audio_config": {
+                "model_type": "wavtokenizer_encoder",
+                "codebook_size": 4,
+                "codebook_dim": 8,
+                "hidden_size": 8,
+                "num_filters": 4,
+            },
+            "image_token_offset": 66,
+            "audio_token_offset": 86,
+        },
+        pixels=sized_pixels,
+        attn={"": "sdpa", "text_config": "sdpa", "vision_config": "eager", "audio_config": "eager"},
+    ),
     "cohere_compass": like_qwen(
         "CohereCompass",
         vision=DEEPSTACK,

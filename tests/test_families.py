@@ -36,6 +36,9 @@ PROMPTS = {
 }
 
 
+RAISE_BY_THEMSELVES = {("llama4", "5.24.0")}  # it reads image_outputs of an output that has none
+
+
 def skip_without(*names):
     missing = [name for name in names if not hasattr(transformers, name)]
     if missing:
@@ -45,6 +48,8 @@ def skip_without(*names):
 def built(family, attn=None):
     """Shared by the tests, which leave it as it was."""
     skip_without(TINY[family].config, TINY[family].model)
+    if (family, transformers.__version__) in RAISE_BY_THEMSELVES:
+        pytest.skip(f"the forward of {family} in transformers {transformers.__version__} raises, enabled or not")
     return build_once(family, attn)
 
 
@@ -100,7 +105,21 @@ def test_generation(family):
     assert torch.equal(torch.stack(again.logits), torch.stack(plain.logits))
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "paligemma", "kimi_k25", "kosmos-2", "llama4"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava",
+        "qwen2_5_vl",
+        "gemma3",
+        "paligemma",
+        "kimi_k25",
+        "kosmos-2",
+        "kosmos-2.5",
+        "llama4",
+        "muse_spark",
+        "step3p7",
+    ],
+)
 def test_attention_maps_are_those_used(family):
     model, inputs = built(family, attn="eager"), prompt(family, *PROMPTS["left padding"])
     oracle = oracle_for(family, model, inputs)
@@ -113,6 +132,17 @@ def test_attention_maps_are_those_used(family):
         real = inputs["attention_mask"][row].bool()
         torch.testing.assert_close(got.logits[row][real], want[row][real], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(got.attentions[1][row][:, real], plain[row, head][real].expand(4, -1, -1))
+
+
+def test_the_prompt_that_a_video_model_makes_by_itself():
+    """Without ids generate() makes a prompt of the video's tokens and a start token."""
+    family = "instructblipvideo"
+    model, inputs = built(family), prompt(family, ["I"])
+    model.config.text_config.bos_token_id = 1
+    with eah.enable(model) as handle:
+        model.generate(**{name: inputs[name] for name in ("pixel_values", "qformer_input_ids")}, max_new_tokens=2)
+    model.config.text_config.bos_token_id = None
+    assert [row.image_tokens for row in handle.report().layers[0].rows] == [36]
 
 
 @pytest.mark.parametrize("family", ["gemma3", "kosmos-2"])

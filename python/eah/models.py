@@ -36,6 +36,7 @@ SPEECH = "its audio has placeholder tokens, but no image has"
 LINEAR = "the layers before have linear attention or convolutions, without a map"
 
 FAMILIES = {
+    "apertus1p5": Family(),
     "aria": Family(),
     "aya_vision": Family(),
     "blip-2": Family(inner_generate="language_model", notes="with a decoder-only language model (OPT)"),
@@ -174,11 +175,11 @@ VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
 # fmt: off
 PLAIN_CAUSAL_DECODERS = frozenset(
     {
-        "aria_text", "chameleon", "cohere2", "cohere_compass_text", "cosmos3_edge_text", "deepseek_ocr2_text",
-        "deepseek_v3", "emu3_text_model", "ernie4_5_vl_moe_text", "exaone4", "glm4v_moe_text", "glm4v_text",
-        "glm_ocr_text", "granite4_vision_text", "granite_docling_text", "hunyuan_vl_text", "hyperclovax",
-        "kosmos_2_5_text_model", "kosmos_2_text_model", "lfm2", "lfm3", "llama", "minimax_m3_vl_text", "mistral",
-        "muse_glimmer_text", "muse_spark_text", "nemotron_h", "opt", "paddleocr_vl_text", "persimmon",
+        "apertus1p5_text", "aria_text", "chameleon", "cohere2", "cohere_compass_text", "cosmos3_edge_text",
+        "deepseek_ocr2_text", "deepseek_v3", "emu3_text_model", "ernie4_5_vl_moe_text", "exaone4", "glm4v_moe_text",
+        "glm4v_text", "glm_ocr_text", "granite4_vision_text", "granite_docling_text", "hunyuan_vl_text",
+        "hyperclovax", "kosmos_2_5_text_model", "kosmos_2_text_model", "lfm2", "lfm3", "llama", "minimax_m3_vl_text",
+        "mistral", "muse_glimmer_text", "muse_spark_text", "nemotron_h", "opt", "paddleocr_vl_text", "persimmon",
         "phi4_multimodal", "qwen2", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3",
         "qwen3_5_moe_text", "qwen3_5_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text", "qwen3_vl_text", "step3p5",
     }
