@@ -61,6 +61,7 @@ def test_version(capsys):
 
 
 def test_demo_in_json(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as on a user's machine, and the interpreter is slow
     whole = demo.layer_inputs  # the timing on a small layer: its form is tested here, not its figures
     monkeypatch.setattr(demo, "layer_inputs", lambda *a: whole(*(*a, 90, 4)[:4]))
     status, out, err = run(capsys, "demo", "--json")
@@ -81,6 +82,7 @@ def test_demo_in_json(capsys, monkeypatch):
 
 
 def test_demo_for_people(capsys, saved_model, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     times = {"plain SDPA": [2.0, 2.0, 2.5], "EAH, as published": [9.0, 8.0, 8.0], "EAH, torch": [1.0, 2.0, 9.0]}
     timing = {"shape": "s", "dtype": "d", "rounds": 3, "rows": demo.timing_rows(times)}
     monkeypatch.setattr(demo, "time_layer", lambda *_: timing)
