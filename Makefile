@@ -3,7 +3,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo test seam wheels sanitize lint resources bench bench-device clean
+.PHONY: demo test compiled seam wheels sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
@@ -12,6 +12,10 @@ demo: $(INSTALLED)
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PARALLEL)
+
+# The PTX that Triton compiles, executed on the CPU: tests/compiled/README.md.
+compiled: $(INSTALLED)
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 ALL=$(ALL) $(VENV)/bin/python -m pytest $(PARALLEL) tests/compiled
 
 # The tests of the swap on other versions of transformers, each laid over the environment from tests/NAME.txt.
 VERSIONS := $(patsubst tests/%.txt,%,$(wildcard tests/transformers-*.txt))

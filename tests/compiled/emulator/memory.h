@@ -1,0 +1,398 @@
+// Shared memory of a block and global memory, each byte with a note of who wrote and who read it last.
+//
+// Order within a block: a barrier that all of its warps pass. Order between blocks: a release by one and an acquire of
+// what it wrote by the other. Two accesses that no such chain orders, one of them a write, are an error. So is reading
+// shared memory that nobody wrote or a copy still under way, and touching global bytes that belong to no tensor.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace emulator {
+
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+using i32 = int32_t;
+using i64 = int64_t;
+
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <typename... Arguments>
+[[noreturn]] void fault(const char* format, Arguments... arguments) {
+  char text[256];
+  std::snprintf(text, sizeof text, format, arguments...);
+  throw Fault(text);
+}
+
+// ---- shared memory
+
+struct Written {
+  u32 epoch;        // barriers that the block had passed; 0: never written
+  u16 proxy_fences; // that the writer had executed
+  u8 warp;
+  u8 in_flight;     // a cp.async that nobody waited for yet
+};
+struct Read {
+  u32 epoch = 0;
+  u8 warp = 0;
+  u8 several = 0;  // other warps too
+};
+
+class Shared {
+ public:
+  explicit Shared(size_t size, int warps) : bytes_(size, 0xff), written_(size), read_(size), fences_(warps) {}
+
+  u32 epoch = 1;
+
+  const u8* read(u64 address, u32 size, int warp) {
+    check(address, size);
+    for (u64 i = address; i < address + size; ++i) {
+      const Written& w = written_[i];
+      if (w.epoch == 0 || w.in_flight || (w.epoch == epoch && w.warp != warp)) {
+        bad_read(i, w);
+      }
+    }
+    for (u64 i = address; i < address + size; ++i) {
+      Read& r = read_[i];
+      r.several = r.epoch == epoch && (r.several || r.warp != warp);
+      r.epoch = epoch;
+      r.warp = static_cast<u8>(warp);
+    }
+    return &bytes_[address];
+  }
+
+  void write(u64 address, const void* from, u32 size, int warp) {
+    may_write(address, size, warp, static_cast<const u8*>(from));
+    std::memcpy(&bytes_[address], from, size);
+  }
+
+  // A cp.async starts (its target holds nothing of use until it ends) and ends, at the wait for it.
+  void start_copy(u64 address, u32 size, int warp) {
+    may_write(address, size, warp, nullptr);
+    std::memset(&bytes_[address], 0xff, size);
+  }
+  void end_copy(u64 address, const void* from, u32 size, int warp) {
+    const Written note = {epoch, fence_count(warp), static_cast<u8>(warp), 0};
+    std::fill_n(&written_[address], size, note);
+    std::memcpy(&bytes_[address], from, size);
+  }
+
+  void proxy_fence(int warp) {
+    fences_[warp].push_back(epoch);
+  }
+
+  // As `read`, by wgmma, which reads through the async proxy: between a write and it there is a proxy fence, of the
+  // writer before the barrier, or of the reader after it.
+  const u8* read_async(u64 address, u32 size, int warp) {
+    const u8* data = read(address, size, warp);
+    for (u64 i = address; i < address + size; ++i) {
+      if (i == address || std::memcmp(&written_[i], &written_[i - 1], sizeof(Written)) != 0) {
+        const Written& w = written_[i];
+        const auto &theirs = fences_[w.warp], &mine = fences_[warp];
+        const bool by_writer = theirs.size() > w.proxy_fences && (w.warp == warp || theirs[w.proxy_fences] < epoch);
+        if (!by_writer && (mine.empty() || mine.back() <= w.epoch)) {
+          fault("wgmma reads shared byte %llu, written by warp %d through the generic proxy, without fence.proxy.async",
+                static_cast<unsigned long long>(i), w.warp);
+        }
+      }
+    }
+    return data;
+  }
+
+ private:
+  u16 fence_count(int warp) const {
+    return static_cast<u16>(fences_[warp].size());
+  }
+
+  void check(u64 address, u32 size) const {
+    if (address + size > bytes_.size() || address + size < address) {
+      fault("shared memory: byte %lld of %zu", static_cast<long long>(address), bytes_.size());
+    }
+    if (address % size) {
+      fault("shared memory: byte %lld is not aligned to %u", static_cast<long long>(address), size);
+    }
+  }
+
+  // data: null for a copy that starts. Warps that hold the same values may write them to the same place.
+  void may_write(u64 address, u32 size, int warp, const u8* data) {
+    check(address, size);
+    for (u64 i = address; i < address + size; ++i) {
+      const Written& w = written_[i];
+      const Read& r = read_[i];
+      const bool other_wrote = w.epoch == epoch && w.warp != warp;
+      if (w.in_flight || other_wrote || (r.epoch == epoch && (r.several || r.warp != warp))) {
+        if (w.in_flight || !other_wrote || !data || data[i - address] != bytes_[i]) {
+          bad_write(i, w, r);
+        }
+      }
+    }
+    const Written note = {epoch, fence_count(warp), static_cast<u8>(warp), data == nullptr};
+    std::fill_n(&written_[address], size, note);
+  }
+
+  [[noreturn]] void bad_read(u64 i, const Written& w) const {
+    const auto byte = static_cast<unsigned long long>(i);
+    if (w.epoch == 0) {
+      fault("shared byte %llu is read before it was written", byte);
+    }
+    if (w.in_flight) {
+      fault("shared byte %llu is read while a cp.async of warp %d to it is under way", byte, w.warp);
+    }
+    fault("shared byte %llu is read without a barrier after warp %d wrote it", byte, w.warp);
+  }
+  [[noreturn]] void bad_write(u64 i, const Written& w, const Read& r) const {
+    const auto byte = static_cast<unsigned long long>(i);
+    if (w.in_flight) {
+      fault("shared byte %llu is written while a cp.async of warp %d to it is under way", byte, w.warp);
+    }
+    if (w.epoch == epoch) {
+      fault("shared byte %llu is written without a barrier after warp %d wrote it", byte, w.warp);
+    }
+    fault("shared byte %llu is written without a barrier after warp %d read it", byte, r.warp);
+  }
+
+  std::vector<u8> bytes_;
+  std::vector<Written> written_;
+  std::vector<Read> read_;
+  std::vector<std::vector<u32>> fences_;  // of each warp: the epochs of its proxy fences
+};
+
+// ---- global memory
+
+// When something happened: the block's tick rises at its barriers and its releases.
+struct Stamp {
+  u32 tick;
+  u32 block : 23, warp : 6, some : 1, atomic : 1, several : 1;
+};
+static_assert(sizeof(Stamp) == 8);
+
+// What of a block another one has seen: all up to `barrier`, of one warp all up to `tick`.
+struct Seen {
+  i64 barrier = -1, tick = -1;
+  int warp = -1;
+
+  void add(const Seen& more) {
+    barrier = more.barrier > barrier ? more.barrier : barrier;
+    if (more.tick > tick) {
+      tick = more.tick;
+      warp = more.warp;
+    }
+  }
+};
+using View = std::vector<Seen>;  // by block
+
+inline void join(View& view, const View& more) {
+  if (view.size() < more.size()) {
+    view.resize(more.size());
+  }
+  for (size_t i = 0; i < more.size(); ++i) {
+    view[i].add(more[i]);
+  }
+}
+
+// Who accesses global memory: a warp of a block.
+struct Actor {
+  int block, warp;
+  u32 tick;
+  i64 barrier;       // the tick at the block's last barrier
+  const View* view;  // of other blocks
+
+  Stamp stamp() const {
+    return {tick, static_cast<u32>(block), static_cast<u32>(warp), 1, 0, 0};
+  }
+  bool after(const Stamp& s) const {
+    if (static_cast<int>(s.block) == block) {
+      return static_cast<int>(s.warp) == warp || s.tick <= barrier;
+    }
+    if (s.block >= view->size()) {
+      return false;
+    }
+    const Seen& seen = (*view)[s.block];
+    return s.tick <= seen.barrier || (static_cast<int>(s.warp) == seen.warp && s.tick <= seen.tick);
+  }
+};
+
+struct Range {  // one storage; as Python passes it
+  u64 begin, size;
+  const u8* belongs;  // for each byte, whether it is an element of a tensor that the kernel was given
+};
+
+class Global {
+ public:
+  Global(const Range* ranges, int count) {
+    for (int i = 0; i < count; ++i) {
+      regions_.push_back({ranges[i], std::unique_ptr<Stamp, Free>(zeroed(ranges[i].size)),
+                          std::unique_ptr<Stamp, Free>(zeroed(ranges[i].size)), false});
+    }
+  }
+
+  const u8* read(u64 address, u32 size, const Actor& who, bool constant) {
+    Region& region = find(address, size);
+    const u64 at = address - region.range.begin;
+    Stamp *written = region.written.get() + at, *read = region.read.get() + at;
+    if (region.touched) {
+      for (u32 i = 0; i < size; ++i) {
+        if (written[i].some) {
+          if (constant) {
+            fault("ld.global.nc of an address that the kernel writes");
+          }
+          after_writes(address + i, written[i], who, "read");
+        }
+      }
+    }
+    const Stamp mine = who.stamp();
+    for (u32 i = 0; i < size; ++i) {
+      Stamp next = mine;
+      next.several = read[i].some && (read[i].several || read[i].block != mine.block || read[i].warp != mine.warp) &&
+                     !(read[i].several ? false : who.after(read[i]));
+      read[i] = next;
+    }
+    return reinterpret_cast<const u8*>(address);
+  }
+
+  void write(u64 address, const void* from, u32 size, const Actor& who) {
+    Region& region = find(address, size);
+    region.touched = true;
+    const u64 at = address - region.range.begin;
+    Stamp *written = region.written.get() + at, *read = region.read.get() + at;
+    for (u32 i = 0; i < size; ++i) {
+      if (written[i].some) {
+        after_writes(address + i, written[i], who, "written");
+      }
+      if (read[i].some && (read[i].several || !who.after(read[i]))) {
+        fault("global memory is written unordered with a read by block %u, warp %u", u32{read[i].block},
+              u32{read[i].warp});
+      }
+      written[i] = who.stamp();
+    }
+    std::memcpy(reinterpret_cast<void*>(address), from, size);
+  }
+
+  // An atomic addition (or, without `addend`, an atomic read) of 32 bits; what an acquire lets the warp see is joined
+  // to `view`.
+  u32 atomic(u64 address, const u32* addend, bool acquire, bool release, const Actor& who, View& view) {
+    Region& region = find(address, 4);
+    Stamp *written = region.written.get() + (address - region.range.begin),
+          *read = region.read.get() + (address - region.range.begin);
+    if (written->some && !written->atomic) {
+      after_writes(address, *written, who, "changed");
+    }
+    if (read->some && addend && (read->several || !who.after(*read))) {
+      fault("global memory is changed unordered with a read by block %u, warp %u", u32{read->block}, u32{read->warp});
+    }
+    Atomic& place = atomics_[address];
+    u32 before;
+    std::memcpy(&before, reinterpret_cast<const void*>(address), 4);
+    if (acquire) {
+      join(view, place.released);
+    }
+    if (addend) {
+      const u32 after = before + *addend;
+      std::memcpy(reinterpret_cast<void*>(address), &after, 4);
+      region.touched = true;
+      Stamp mark = who.stamp();
+      mark.atomic = 1;
+      std::fill_n(written, 4, mark);
+      place.changes.push_back(who.stamp());
+    }
+    if (release) {
+      join(place.released, *who.view);
+      if (place.released.size() <= static_cast<size_t>(who.block)) {
+        place.released.resize(who.block + 1);
+      }
+      place.released[who.block].add({who.barrier, who.tick, who.warp});
+    }
+    return before;
+  }
+
+ private:
+  struct Free {
+    void operator()(Stamp* p) const {
+      std::free(p);
+    }
+  };
+  struct Region {
+    Range range;
+    std::unique_ptr<Stamp, Free> written, read;
+    bool touched;  // written by this launch
+  };
+  struct Atomic {
+    View released;
+    std::vector<Stamp> changes;
+  };
+
+  static Stamp* zeroed(u64 count) {
+    return static_cast<Stamp*>(std::calloc(count, sizeof(Stamp)));
+  }
+
+  Region& find(u64 address, u32 size) {
+    if (address % size) {
+      fault("global memory: an address is not aligned to %u bytes", size);
+    }
+    if (!(last_ < regions_.size() && contains(regions_[last_].range, address, size))) {
+      for (last_ = 0; last_ < regions_.size() && !contains(regions_[last_].range, address, size); ++last_) {
+      }
+    }
+    if (last_ == regions_.size()) {
+      outside(address);
+    }
+    Region& region = regions_[last_];
+    const u8* belongs = region.range.belongs + (address - region.range.begin);
+    u8 all = 1;
+    for (u32 i = 0; i < size; ++i) {
+      all &= belongs[i];
+    }
+    if (!all) {
+      fault("global memory: byte %llu of a storage of %llu is no element of a tensor that the kernel was given",
+            static_cast<unsigned long long>(address - region.range.begin),
+            static_cast<unsigned long long>(region.range.size));
+    }
+    return region;
+  }
+  static bool contains(const Range& range, u64 address, u32 size) {
+    return address >= range.begin && address + size <= range.begin + range.size;
+  }
+  [[noreturn]] void outside(u64 address) const {
+    for (const Region& region : regions_) {
+      const auto past = static_cast<i64>(address - region.range.begin);
+      if (past > -65536 && past < static_cast<i64>(region.range.size) + 65536) {
+        fault("global memory: byte %lld of a storage of %llu", static_cast<long long>(past),
+              static_cast<unsigned long long>(region.range.size));
+      }
+    }
+    fault("global memory: address %#llx is far from every tensor", static_cast<unsigned long long>(address));
+  }
+
+  void after_writes(u64 address, const Stamp& written, const Actor& who, const char* what) {
+    if (!written.atomic) {
+      if (!who.after(written)) {
+        fault("global memory is %s unordered with a write by block %u, warp %u", what, u32{written.block},
+              u32{written.warp});
+      }
+      return;
+    }
+    for (const Stamp& change : atomics_[address & ~u64{3}].changes) {
+      if (!who.after(change)) {
+        fault("global memory is %s unordered with an atomic by block %u, warp %u", what, u32{change.block},
+              u32{change.warp});
+      }
+    }
+  }
+
+  std::vector<Region> regions_;
+  std::unordered_map<u64, Atomic> atomics_;
+  size_t last_ = 0;
+};
+
+}  // namespace emulator

@@ -1,0 +1,381 @@
+"""Statements to the arrays that the interpreter runs: which instruction, which slots of the register file.
+
+A form that FORMS and the functions below do not list is an error that names its line. Every operand is a slot: an
+immediate gets one of its own, filled when a warp starts.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+from ptx import Kernel, PTXError, Statement
+
+MACHINE = (Path(__file__).parent / "emulator/machine.h").read_text()
+OPS = {
+    name: number
+    for number, name in enumerate(
+        re.findall(r"\w+", re.sub(r"//.*", "", re.search(r"enum Op : u16 \{(.*?)\};", MACHINE, re.S)[1]))
+    )
+}
+SIGNED, CONSTANT, WIDE_ADDRESS, WIDE_REGISTER, ACQUIRE, RELEASE = 1, 2, 4, 8, 16, 32
+SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x", "%ntid.x", "%laneid", "%envreg1", "%envreg2")
+ZERO = {f"%{name}.{axis}": one for name, one in (("tid", 0), ("ctaid", 0), ("nctaid", 1), ("ntid", 1)) for axis in "yz"}
+INSTRUCTION = np.dtype(
+    [("op", "u2"), ("size", "u1"), ("count", "u1"), ("flags", "u1"), ("targets", "u1"), ("negated", "u1")]
+    + [("unused", "u1"), ("guard", "i4"), ("operands", "i4"), ("number", "i4"), ("padding", "i4"), ("immediate", "i8")]
+)
+
+# Instructions that are a function of their operands: the interpreter's name, then PTX's.
+FORMS = """
+MOV_B32 mov.{b16,u16,s16,b32,u32,s32,f32}      MOV_B64 mov.{b64,u64,s64} cvta.to.global.u64     MOV_PRED mov.pred
+CVT_S32_S8 cvt.s32.s8       CVT_S16_S8 cvt.s8.s32 cvt.s16.s8        CVT_U32_U8 cvt.{u32.u8,u16.u8,u8.u32}
+CVT_S32_S16 cvt.s32.s16     CVT_U32_U16 cvt.{u32.u16,u16.u32}       CVT_U64_U32 cvt.u64.u32
+CVT_S64_S32 cvt.s64.s32     CVT_U32_U64 cvt.u32.u64
+CVT_F32_F16 cvt.f32.f16     CVT_F32_BF16 cvt.f32.bf16   CVT_F16_F32 cvt.rn.f16.f32      CVT_BF16_F32 cvt.rn.bf16.f32
+CVT_F16X2_F32 cvt.rn.f16x2.f32      CVT_BF16X2_F32 cvt.rn.bf16x2.f32    CVT_TF32_F32 cvt.rna.tf32.f32
+CVT_F32_S32 cvt.rn.f32.s32  CVT_F32_U32 cvt.rn.f32.u32  CVT_S32_F32 cvt.rzi.s32.f32
+ADD_B16 add.{s16,u16}       ADD_B32 add.{s32,u32}       ADD_B64 add.{s64,u64}       ADD_F32 add{,.rn}{,.ftz}.f32
+SUB_B16 sub.{s16,u16}       SUB_B32 sub.{s32,u32}       SUB_B64 sub.{s64,u64}       SUB_F32 sub{,.rn}{,.ftz}.f32
+MUL_B16 mul.lo.{s16,u16}    MUL_B32 mul.lo.{s32,u32}    MUL_B64 mul.lo.{s64,u64}    MUL_F32 mul{,.rn}{,.ftz}.f32
+MUL_WIDE_S32 mul.wide.s32   MUL_WIDE_U32 mul.wide.u32   MUL_HI_S32 mul.hi.s32       MUL_HI_U32 mul.hi.u32
+MAD_B32 mad.lo.{s32,u32}    MAD_B64 mad.lo.{s64,u64}    MAD_WIDE_S32 mad.wide.s32   MAD_WIDE_U32 mad.wide.u32
+FMA_F32 fma.rn{,.ftz}.f32   DIV_F32 div.{rn,full,approx}{,.ftz}.f32
+DIV_S32 div.s32     DIV_U32 div.u32     DIV_S64 div.s64     DIV_U64 div.u64
+REM_S32 rem.s32     REM_U32 rem.u32     REM_S64 rem.s64     REM_U64 rem.u64
+MIN_S32 min.s32     MIN_U32 min.u32     MIN_S64 min.s64     MIN_U64 min.u64     MIN_F32 min{,.ftz}.f32
+MAX_S32 max.s32     MAX_U32 max.u32     MAX_S64 max.s64     MAX_U64 max.u64     MAX_F32 max{,.ftz}.f32
+MAX_RELU_S32 max.relu.s32
+AND_B32 and.{b16,b32}       AND_B64 and.b64     AND_PRED and.pred       OR_B32 or.{b16,b32}         OR_B64 or.b64
+OR_PRED or.pred     XOR_B32 xor.{b16,b32}       XOR_B64 xor.b64         XOR_PRED xor.pred
+NOT_B16 not.b16     NOT_B32 not.b32     NOT_B64 not.b64     NOT_PRED not.pred
+NEG_S32 neg.s32     NEG_S64 neg.s64     NEG_F32 neg{,.ftz}.f32      ABS_S32 abs.s32     ABS_F32 abs{,.ftz}.f32
+SHL_B16 shl.b16     SHL_B32 shl.b32     SHL_B64 shl.b64     SHR_S16 shr.s16     SHR_S32 shr.s32     SHR_S64 shr.s64
+SHR_U32 shr.{u16,b16,u32,b32}           SHR_U64 shr.{u64,b64}
+BFE_S32 bfe.s32     BFE_U32 bfe.u32     BFI_B32 bfi.b32     BFI_B64 bfi.b64     PRMT_B32 prmt.b32
+POPC_B32 popc.b32   POPC_B64 popc.b64   BREV_B32 brev.b32   BFIND_SHIFTAMT_U32 bfind.shiftamt.u32
+SELP_B32 selp.{b16,u16,s16,b32,u32,s32,f32}     SELP_B64 selp.{b64,u64,s64}
+EX2_F32 ex2.approx{,.ftz}.f32           LG2_F32 lg2.approx{,.ftz}.f32           RCP_F32 rcp.{rn,approx}{,.ftz}.f32
+SQRT_F32 sqrt.{rn,approx}{,.ftz}.f32    RSQRT_F32 rsqrt.approx{,.ftz}.f32
+SETP_EQ_S16 setp.eq.{b16,s16,u16}       SETP_NE_S16 setp.ne.{b16,s16,u16}
+SETP_EQ_B32 setp.eq.{b32,s32,u32}       SETP_NE_B32 setp.ne.{b32,s32,u32}
+SETP_LT_S32 setp.lt.s32     SETP_LE_S32 setp.le.s32     SETP_GT_S32 setp.gt.s32     SETP_GE_S32 setp.ge.s32
+SETP_LT_U32 setp.{lt,lo}.{u16,u32}  SETP_LE_U32 setp.{le,ls}.{u16,u32}
+SETP_GT_U32 setp.{gt,hi}.{u16,u32}  SETP_GE_U32 setp.{ge,hs}.{u16,u32}
+SETP_EQ_B64 setp.eq.{b64,s64,u64}       SETP_NE_B64 setp.ne.{b64,s64,u64}
+SETP_LT_S64 setp.lt.s64     SETP_LE_S64 setp.le.s64     SETP_GT_S64 setp.gt.s64     SETP_GE_S64 setp.ge.s64
+SETP_LT_U64 setp.lt.u64     SETP_LE_U64 setp.le.u64     SETP_GT_U64 setp.gt.u64     SETP_GE_U64 setp.ge.u64
+SETP_EQ_F32 setp.eq{,.ftz}.f32      SETP_NE_F32 setp.ne{,.ftz}.f32      SETP_LT_F32 setp.lt{,.ftz}.f32
+SETP_LE_F32 setp.le{,.ftz}.f32      SETP_GT_F32 setp.gt{,.ftz}.f32      SETP_GE_F32 setp.ge{,.ftz}.f32
+SETP_EQU_F32 setp.equ{,.ftz}.f32    SETP_NEU_F32 setp.neu{,.ftz}.f32    SETP_LTU_F32 setp.ltu{,.ftz}.f32
+SETP_LEU_F32 setp.leu{,.ftz}.f32    SETP_GTU_F32 setp.gtu{,.ftz}.f32    SETP_GEU_F32 setp.geu{,.ftz}.f32
+SETP_NUM_F32 setp.num{,.ftz}.f32    SETP_NAN_F32 setp.nan{,.ftz}.f32
+SETP_GT_BF16 setp.gt.bf16   SETP_GT_F16 setp.gt.f16     SETP_GT_BF16X2 setp.gt.bf16x2   SETP_GT_F16X2 setp.gt.f16x2
+SHFL_IDX shfl.sync.idx.b32  SHFL_UP shfl.sync.up.b32    SHFL_DOWN shfl.sync.down.b32    SHFL_BFLY shfl.sync.bfly.b32
+REDUX_ADD redux.sync.add.{s32,u32}      REDUX_MIN_S32 redux.sync.min.s32        REDUX_MAX_S32 redux.sync.max.s32
+REDUX_OR redux.sync.or.b32              BALLOT vote.sync.ballot.b32
+MMA_F16 mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
+MMA_BF16 mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+MMA_TF32 mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
+LABEL -     TRAP trap       BAR_WARP bar.warp.sync      BAR_ALIGNED bar.sync        BAR barrier.sync
+CP_COMMIT cp.async.commit_group         WGMMA_FENCE wgmma.fence.sync.aligned
+WGMMA_COMMIT wgmma.commit_group.sync.aligned            PROXY_FENCE fence.proxy.async{,.shared::cta}
+"""
+
+
+def _expand(form: str) -> list[str]:
+    choice = re.search(r"\{([^}]*)\}", form)
+    if not choice:
+        return [form]
+    return [f for one in choice[1].split(",") for f in _expand(form[: choice.start()] + one + form[choice.end() :])]
+
+
+def _table() -> dict[str, str]:
+    table, name = {}, ""
+    for word in FORMS.split():
+        if word in OPS:
+            name = word
+        else:
+            table |= dict.fromkeys(_expand(word), name)
+    return table
+
+
+TABLE = _table()
+BARRIERS = ("bar.sync", "barrier.sync")
+MEMORY_WORDS = {"global", "gpu", "L1::no_allocate", "cg", "ca", "weak", "relaxed", "acquire", "release", "acq_rel"}
+
+
+class Program:
+    """A kernel, lowered: the arrays that emulator_program takes, and for each instruction its statement."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.slots: dict[str, int] = {}
+        self.constants: dict[tuple[int, int], int] = {}
+        self.next_slot = 0
+        self.pool: list[int] = []
+        self.source: list[Statement] = []
+        rows: list[tuple] = []
+        labels: dict[str, int] = {}
+        branches: list[tuple[int, str]] = []
+        for statement in kernel.statements:
+            try:
+                if statement.opcode.endswith(":"):
+                    labels[statement.opcode[:-1]] = len(rows)
+                    self._emit(rows, statement, "LABEL")
+                    continue
+                if statement.opcode in ("bra", "bra.uni"):
+                    branches.append((len(rows), statement.operands[0]))
+                    self._emit(rows, statement, "BRA")
+                else:
+                    self._lower(rows, statement)
+                if statement.opcode in ("bra", *BARRIERS, "ret", "exit"):
+                    self._emit(rows, Statement(statement.line, ":", ()), "LABEL")
+            except (PTXError, KeyError, IndexError, ValueError) as error:
+                reason = str(error) if isinstance(error, PTXError) else "not a form that the emulator knows"
+                raise PTXError(f"{kernel.name}, line {statement.line}: {statement}: {reason}") from error
+        self._emit(rows, Statement(0, "ret", ()), "RET")
+        self.code = np.array(rows, dtype=INSTRUCTION)
+        for at, label in branches:
+            self.code["immediate"][at] = labels[label]
+        self.operands = np.array(self.pool, dtype=np.int32)
+        filled = [word for (value, size), slot in self.constants.items() for word in (slot * 2 + (size == 8), value)]
+        self.constant_words = np.array(filled, dtype=np.uint64)
+        self.special = np.array([self.slots.get(name, -1) for name in SPECIAL], dtype=np.int32)
+        self.wgmma = any(s.opcode.startswith("wgmma.mma") for s in kernel.statements)
+
+    def _emit(self, rows, statement, op, operands=(), targets=0, immediate=0, size=0, count=0, flags=0) -> None:
+        guard = self._slot(statement.guard, 0) if statement.guard else -1
+        if set(operands[:targets]) & set(self.constants.values()):
+            raise PTXError("a constant is no target")
+        rows.append(
+            (
+                OPS[op],
+                size,
+                count,
+                flags,
+                targets,
+                statement.negated,
+                0,
+                guard,
+                len(self.pool),
+                len(operands),
+                0,
+                immediate,
+            )
+        )
+        self.pool.extend(operands)
+        self.source.append(statement)
+
+    def _new(self, size: int) -> int:
+        self.next_slot += 2 if size == 8 else 1
+        return self.next_slot - (2 if size == 8 else 1)
+
+    def _register_size(self, name: str) -> int:
+        return self.kernel.registers[name if "@" in name else re.sub(r"\d+$", "", name)]
+
+    def _slot(self, operand: str, size: int) -> int:
+        """A register's slot, or a constant's. size: bytes, 0 for a predicate."""
+        if operand == "_":  # a result that nobody wants
+            return self._new(size)
+        if operand in self.slots:
+            has = 4 if operand in SPECIAL else self._register_size(operand)
+            if has != size and {has, size} != {2, 4}:
+                raise PTXError(f"{operand} has {has} bytes where {size} are expected")
+            return self.slots[operand]
+        if operand in SPECIAL:
+            self.slots[operand] = self._new(4)
+            return self.slots[operand]
+        if (operand.startswith("%") and operand not in ZERO) or "@" in operand:
+            self.slots[operand] = self._new(self._register_size(operand))
+            return self._slot(operand, size)
+        value = self._constant(operand)
+        if size == 0:
+            value = 0xFFFFFFFF if value else 0
+        value &= (1 << 8 * (size or 4)) - 1
+        width = 8 if size == 8 else 4
+        if (value, width) not in self.constants:
+            self.constants[value, width] = self._new(width)
+        return self.constants[value, width]
+
+    def _constant(self, operand: str) -> int:
+        if operand in ZERO:
+            return ZERO[operand]
+        if operand in self.kernel.params:
+            return self.kernel.params[operand][0]
+        if re.fullmatch(r"0f[0-9A-Fa-f]{8}", operand):
+            return struct.unpack(">I", bytes.fromhex(operand[2:]))[0]
+        if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", operand):
+            return int(operand.rstrip("U"), 0)
+        if re.fullmatch(r"[A-Za-z_$][\w$]*", operand):  # the one array of shared memory
+            return 0
+        raise PTXError(f"{operand} is no operand that the emulator knows")
+
+    def _address(self, operand: str) -> tuple[int, int, bool]:
+        """[base + offset]: the base's slot, the offset, whether the base has 64 bits."""
+        base, offset = re.fullmatch(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)\s*)?\]", operand).groups()
+        wide = not base.startswith("%") or self._register_size(base) == 8
+        return self._slot(base, 8 if wide else 4), int(offset or "0", 0), wide
+
+    def _lower(self, rows, statement: Statement) -> None:
+        opcode, operands = statement.opcode, statement.operands
+        words = opcode.split(".")
+        if words[0] in ("ld", "st", "atom") and not opcode.startswith("st.async"):
+            self._lower_memory(rows, statement, words)
+        elif opcode.startswith(("ldmatrix.sync.aligned.m8n8.", "stmatrix.sync.aligned.m8n8.")):
+            self._lower_matrix(rows, statement, words)
+        elif opcode in ("cp.async.cg.shared.global", "cp.async.ca.shared.global"):
+            to, to_offset, to_wide = self._address(operands[0])
+            source, source_offset, _ = self._address(operands[1])
+            if to_wide:
+                raise PTXError("a 64-bit address of shared memory")
+            limit = [self._slot(operands[3], 4)] if len(operands) > 3 else []
+            immediate = source_offset << 32 | (to_offset & 0xFFFFFFFF)
+            self._emit(rows, statement, "CP_ASYNC", [to, source, *limit], 0, immediate, size=int(operands[2], 0))
+        elif opcode == "cp.async.wait_group":
+            self._emit(rows, statement, "CP_WAIT", immediate=int(operands[0], 0))
+        elif opcode == "cp.async.wait_all":
+            self._emit(rows, statement, "CP_WAIT", immediate=-1)
+        elif opcode == "wgmma.wait_group.sync.aligned":
+            self._emit(rows, statement, "WGMMA_WAIT", immediate=int(operands[0], 0))
+        elif opcode.startswith("wgmma.mma_async.sync.aligned."):
+            self._lower_wgmma(rows, statement)
+        elif opcode in ("ret", "exit"):
+            self._emit(rows, statement, "RET")
+        elif opcode in BARRIERS:
+            if operands != ("0",):
+                raise PTXError("only barrier 0, for all threads")
+            self._emit(rows, statement, TABLE[opcode])
+        else:
+            self._lower_function(rows, statement)
+
+    def _lower_function(self, rows, statement: Statement) -> None:
+        opcode, operands = statement.opcode, list(statement.operands)
+        name = TABLE[opcode]
+        targets = 1 if operands and opcode != "bar.warp.sync" else 0
+        if name.startswith("MMA"):
+            operands = [r for group in operands for r in _list(group)]
+            self._emit(rows, statement, name, [self._slot(r, 4) for r in operands], 4)
+            return
+        if operands and "|" in operands[0]:
+            operands[:1] = operands[0].split("|")
+            targets = 2
+        if name == "MOV_B32" and any(o.startswith("{") for o in operands):
+            packs = operands[1].startswith("{")
+            operands = [r for o in operands for r in _list(o)]
+            slots = [self._slot(r, 2 if r.startswith("%rs") else 4) for r in operands]
+            if len(slots) != 3:
+                raise KeyError(opcode)
+            self._emit(rows, statement, "PACK_B16" if packs else "UNPACK_B16", slots, 1 if packs else 2)
+            return
+        if name == "CVT_S64_S32" and self._register_size(operands[1]) == 8:
+            name = "CVT_S64_LOW"
+        sizes = _sizes(name, opcode, len(operands), targets)
+        self._emit(rows, statement, name, [self._slot(o, s) for o, s in zip(operands, sizes, strict=True)], targets)
+
+    def _lower_memory(self, rows, statement: Statement, words: list[str]) -> None:
+        operands = statement.operands
+        kind, space = words[0], next((w for w in words if w in ("shared", "param")), "global")
+        count = next((int(w[1]) for w in words if w in ("v2", "v4")), 1)
+        rest = set(words[1:-1]) - MEMORY_WORDS - {space, f"v{count}", "add"}
+        if "nc" in rest and kind == "ld":
+            rest.remove("nc")
+        size = int(words[-1].lstrip("bsuf")) // 8
+        if rest or (kind == "atom") != ("add" in words) or (kind == "atom" and words[-1] not in ("u32", "s32")):
+            raise KeyError(statement.opcode)
+        flags = SIGNED * (words[-1][0] == "s") | CONSTANT * ("nc" in words)
+        flags |= ACQUIRE * bool({"acquire", "acq_rel"} & set(words)) | RELEASE * bool(
+            {"release", "acq_rel"} & set(words)
+        )
+        if kind == "st":
+            base, offset, wide = self._address(operands[0])
+            values = _list(operands[1])
+        else:
+            base, offset, wide = self._address(operands[1])
+            values = _list(operands[0])
+        register = 8 if size == 8 or (values[0][0] == "%" and self._register_size(values[0]) == 8) else min(size * 2, 4)
+        if size == 4:
+            register = max(register, 4)
+        slots = [self._slot(v, register) for v in values]
+        flags |= WIDE_ADDRESS * wide | WIDE_REGISTER * (register == 8)
+        if kind == "atom" or flags & ACQUIRE:
+            addend = [self._slot(operands[2], 4)] if kind == "atom" else []
+            op = "ATOM_ADD" if kind == "atom" else "LD_ACQUIRE"
+            if count > 1 or size != 4 or space != "global":
+                raise KeyError(statement.opcode)
+            self._emit(rows, statement, op, [*slots, base, *addend], 1, offset, size, 1, flags)
+        elif kind == "st":
+            if flags & RELEASE:
+                raise KeyError(statement.opcode)
+            self._emit(rows, statement, f"ST_{space.upper()}", [base, *slots], 0, offset, size, count, flags)
+        else:
+            self._emit(rows, statement, f"LD_{space.upper()}", [*slots, base], count, offset, size, count, flags)
+
+    def _lower_matrix(self, rows, statement: Statement, words: list[str]) -> None:
+        count = int(words[4][1])
+        transposed = "trans" in words
+        load = words[0] == "ldmatrix"
+        wanted = [words[0], "sync", "aligned", "m8n8", f"x{count}", *(["trans"] if transposed else []), "shared", "b16"]
+        if words != wanted or (transposed and not load):
+            raise KeyError(statement.opcode)
+        base, offset, wide = self._address(statement.operands[1 if load else 0])
+        registers = [self._slot(r, 4) for r in _list(statement.operands[0 if load else 1])]
+        op = ("LDMATRIX_TRANS" if transposed else "LDMATRIX") if load else "STMATRIX"
+        slots = [*registers, base] if load else [base, *registers]
+        self._emit(rows, statement, op, slots, count if load else 0, offset, 2, count, WIDE_ADDRESS * wide)
+
+    def _lower_wgmma(self, rows, statement: Statement) -> None:
+        """{D}, {A} or a descriptor, a descriptor, scale-d, scale-a, scale-b; of 16 bits trans-a (unless {A}), b."""
+        columns, kind = re.fullmatch(
+            r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(16\.f32\.f16\.f16|16\.f32\.bf16\.bf16|8\.f32\.tf32\.tf32)",
+            statement.opcode,
+        ).groups()
+        kind = kind.rsplit(".", 1)[1]
+        results, a, b, scale_d, *numbers = statement.operands
+        results, registers = _list(results), a.startswith("{")
+        numbers = [int(n, 0) for n in numbers]
+        transposes = numbers[2:]
+        if numbers[:2] != [1, 1] or len(results) * 2 != int(columns):
+            raise KeyError(statement.opcode)
+        if len(transposes) != (0 if kind == "tf32" else 1 if registers else 2):
+            raise KeyError(statement.opcode)
+        bits = sum(bit << at for at, bit in zip((1,) if registers else (0, 1), transposes, strict=False))
+        slots = [self._slot(r, 4) for r in results]
+        slots += [self._slot(r, 4) for r in _list(a)] if registers else [self._slot(a, 8)]
+        slots += [self._slot(b, 8), self._slot(scale_d, 0 if scale_d.startswith("%p") else 4)]
+        self._emit(rows, statement, f"WGMMA_{kind.upper()}", slots, len(results), int(columns), bits)
+
+
+def _list(operand: str) -> list[str]:
+    return [o.strip() for o in operand.strip("{} ").split(",")]
+
+
+def _sizes(name: str, opcode: str, number: int, targets: int) -> list[int]:
+    """Bytes of the operands of a function, by the types in its name."""
+    last = opcode.rsplit(".", 1)[-1]
+    size = {"64": 8, "16": 2, "ed": 0}.get(last[-2:], 4)
+    if name == "BALLOT":
+        return [4, 0, 4]
+    if name == "BAR_WARP":
+        return [4]
+    if name.startswith("SETP"):
+        return [0] * targets + [size] * 2
+    if name.startswith("SELP"):
+        return [size, size, size, 0]
+    if name.startswith(("MUL_WIDE", "MAD_WIDE")):
+        return [8, 4, 4, 8][:number]
+    if name.startswith("CVT"):
+        into = name.split("_")[1]
+        return [{"64": 8, "16": 2}.get(into[-2:], 4), *[8 if name.endswith(("64", "LOW")) else 4] * (number - 1)]
+    sizes = [size] * number
+    if name.startswith(("SHL", "SHR")):
+        sizes[2] = 4
+    if name.startswith("BFI_"):
+        sizes[3:] = [4, 4]
+    if name == "POPC_B64":
+        sizes[0] = 4
+    if targets == 2:
+        sizes[1] = 0
+    return sizes
