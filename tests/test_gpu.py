@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import long_prompts
 from eah_kernels import eah_attention, shared_map_attention
 from support import Case, check, exact, make, run
 from test_backends import LONG, MASKS, SHAPES
@@ -14,12 +15,18 @@ from test_decode_kernel import check as check_decoding
 
 pytestmark = pytest.mark.gpu
 
+# Strides of a (2, 4, 200, 64) tensor: rows of a batch more than 2^31 elements apart, and then also a head stride that
+# 32 bits cannot multiply.
+FAR = {"batch": (2**31 + 64, 2**18, 64, 1), "heads": (2**31 + 64, 2**29 + 64, 64, 1)}
+FAR_ELEMENTS = 2**32
+
 
 @pytest.mark.parametrize("case", SHAPES + MASKS + LONG, ids=str)
 def test_bfloat16(case):
     check(case, "triton", torch.bfloat16, "cuda")
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "case",
@@ -31,7 +38,7 @@ def test_bfloat16(case):
     ids=str,
 )
 def test_long_prompts(case, dtype):
-    check(case, "triton", dtype, "cuda")
+    long_prompts.check(case, "triton", dtype, "cuda")
 
 
 @pytest.mark.parametrize("mask", [None, "left", "bias"])
@@ -94,23 +101,20 @@ def test_decoding_long_captured_and_without_synchronisation(mask):
     assert torch.equal(captured, decode()) and not torch.equal(captured, expected)
 
 
-def test_addresses_past_32_bits():
-    """Two rows of a batch more than 2^31 elements apart, and a value head stride that 32 bits cannot multiply."""
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("strides", FAR.values(), ids=FAR)
+def test_addresses_past_32_bits(name, strides):
     if torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
-    case = Case(q_len=200, dim=64, heads=4, kv_heads=4)
-    inputs = make(case, torch.float16, "cuda")
+    inputs = make(Case(q_len=200, dim=64, heads=4, kv_heads=4), torch.float16, "cuda")
     threshold = exact(inputs)[-1]
     expected = run(inputs, threshold, "triton")
-    memory = torch.empty(2**32 + 2**22, dtype=torch.float16, device="cuda")
-    for name, strides in {
-        "query": (2**31 + 64, 2**18, 64, 1),
-        "key": (2**30, 2**29 + 64, 64, 1),
-        "value": (2**31 + 64, 2**29 + 64, 64, 1),
-    }.items():
-        far = memory.as_strided((2, 4, 200, 64), strides).copy_(getattr(inputs, name))
-        moved = run(replace(inputs, **{name: far}), threshold, "triton")
-        assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)), name
+    memory = torch.empty(FAR_ELEMENTS, dtype=torch.float16, device="cuda")
+    far = memory.as_strided((2, 4, 200, 64), strides).copy_(getattr(inputs, name))
+    assert torch.equal(far, getattr(inputs, name))
+    moved = run(replace(inputs, **{name: far}), threshold, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True))
 
 
 def test_more_programs_than_a_second_grid_axis_holds():

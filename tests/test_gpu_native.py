@@ -9,6 +9,7 @@ from eah_kernels import eah_attention, native_cuda, reference, shared_map_attent
 from eah_kernels.backends import choose_backend
 from support import Case, assert_close, exact, make, run
 from test_cuda_emulated import DECODE, HALF, PREFILL
+from test_gpu import FAR, FAR_ELEMENTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,17 +87,19 @@ def test_graph_capture_on_another_stream():
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
-def test_addresses_past_32_bits():
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_addresses_past_32_bits(name):
     if torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
         pytest.skip("needs 20 GiB of GPU memory")
     inputs = make(Case(q_len=200, dim=64), torch.float16, "cuda")
     threshold = exact(inputs)[-1]
     expected = run(inputs, threshold, "native")
-    memory = torch.empty(2**32 + 2**22, dtype=torch.float16, device="cuda")
-    for name in ("query", "key", "value"):
-        far = memory.as_strided((2, 4, 200, 64), (2**31 + 64, 2**18, 64, 1)).copy_(getattr(inputs, name))
-        moved = run(replace(inputs, **{name: far}), threshold, "native")
-        assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)), name
+    memory = torch.empty(FAR_ELEMENTS, dtype=torch.float16, device="cuda")
+    far = memory.as_strided((2, 4, 200, 64), FAR["heads"]).copy_(getattr(inputs, name))
+    assert torch.equal(far, getattr(inputs, name))
+    moved = run(replace(inputs, **{name: far}), threshold, "native")
+    assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True))
 
 
 def test_auto_does_not_take_them_and_they_do_not_fall_back():
