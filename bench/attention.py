@@ -3,8 +3,8 @@
     python bench/attention.py                 on the GPU if there is one, else a short run on the CPU
     python bench/attention.py --base REV      our own code beside that of another revision, in alternating processes
 
-Writes bench/results/<device>/attention.json (or under $OUT). A contestant that fails its check against the reference
-is listed with the reason and not timed.
+Writes attention.json into --out after each layer and dtype. A contestant that fails its check against the reference,
+or fails later, is listed with the reason and not timed; the others go on.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from contestants import check, contestants, published_eager
-from layers import CPU_LAYERS, LAYERS, Layer, make_inputs
-from machine import describe, results_folder
+from contestants import check, contestants
+from layers import CPU_LAYERS, LATENCY, PREFILL, Layer, make_inputs
+from machine import ROOT, Results
+from timing import Deadline, Graph, copies_needed, reason, spread, timed
 
-ROOT = Path(__file__).parents[1]
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
+LAYERS = {"prefill": PREFILL, "latency": LATENCY, "cpu": CPU_LAYERS}
 
 
 def measure(layer: Layer, dtype: torch.dtype, device: str, rounds: int, only: str | None = None) -> list[dict]:
-    """One row a contestant; times in milliseconds."""
+    """One row a contestant; times in milliseconds. On a GPU the L2 cache is cold before each call."""
     rows, running = [], []
-    for contestant in contestants(device, layer):
+    for contestant in contestants(device, layer, dtype):
         if only and not contestant.name.startswith(only):
             continue
         row = dict(layer=str(layer), dtype=str(dtype)[6:], contestant=contestant.name, computes=contestant.computes)
@@ -40,98 +40,74 @@ def measure(layer: Layer, dtype: torch.dtype, device: str, rounds: int, only: st
         rows.append(row | ({"not_timed": problem} if problem else {}))
         if not problem:
             running.append((rows[-1], contestant, []))
+    short = device == "cuda" and bool(layer.length <= 1024 or layer.rows)
     copies = [make_inputs(layer, dtype, device)]
-    if device == "cuda":  # rotate through more than the L2 cache holds
-        size = sum(t.nbytes for t in copies[0][:3])
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        copies += [make_inputs(layer, dtype, device, seed) for seed in range(1, min(8, 1 + 3 * cache // size))]
+    if short:
+        needed = copies_needed(layer.read_elements * dtype.itemsize)
+        copies += [make_inputs(layer, dtype, device, seed) for seed in range(1, needed)]
     for round_number in range(rounds + 1):
         for row, contestant, times in running:
-            if "not_timed" in row:
-                continue
-            try:
-                elapsed, extra = timed(contestant, copies[round_number % len(copies)], device)
-            except torch.OutOfMemoryError:
-                row["not_timed"] = "out of memory"
-                torch.cuda.empty_cache()
-                continue
-            except ValueError as error:  # checked on a small form; a named backend may not take this size
-                row["not_timed"] = str(error)
-                continue
-            row["peak_extra_mib"] = extra
-            times.append(elapsed)
+            if "not_timed" not in row:
+                inputs = copies[round_number % len(copies)]
+                try:
+                    times.append(timed(lambda run=contestant.run, inputs=inputs: run(inputs), device))
+                except Exception as error:  # out of memory, or a size that a named backend does not take
+                    row["not_timed"] = reason(error)
     for row, _, times in running:
         if "not_timed" not in row:
-            times = sorted(times[1:])  # the first round warms up
-            row["median_ms"] = statistics.median(times)
-            row["p20_ms"], row["p80_ms"] = times[len(times) // 5], times[len(times) * 4 // 5]
+            times = times[1:]  # the first round warms up
+            row |= spread([time.device for time in times])
             row["tflops"] = layer.flops / row["median_ms"] / 1e9
-        if row["computes"] == "held" and "median_ms" in row:
-            row["cache_gb_per_s"] = layer.cache_elements * dtype.itemsize / row["median_ms"] / 1e6
-    if device == "cuda" and (layer.length <= 1024 or layer.rows):
-        add_graph_times([(row, contestant) for row, contestant, _ in running if "median_ms" in row], copies[0], rounds)
+            if device == "cuda":
+                row["host_ms"] = statistics.median(time.host for time in times)
+                row["peak_extra_mib"] = times[-1].extra
+            if row["computes"] == "held":
+                row["cache_gb_per_s"] = layer.cache_elements * dtype.itemsize / row["median_ms"] / 1e6
+    if short:
+        add_graph_times([(row, contestant.run) for row, contestant, _ in running if "median_ms" in row], copies, rounds)
     return with_ratios(rows)
 
 
-def add_graph_times(running: list, inputs, rounds: int, replays: int = 20) -> None:
-    """graph_ms: one replay of a CUDA graph, without launch overhead; the eager form reads the host and has none."""
+def add_graph_times(running: list, copies: list, rounds: int) -> None:
+    """graph_ms: a call's share of a CUDA graph that calls on every copy of the inputs: no launches, no warm L2 cache.
+
+    graph_not_timed: why there is none; what reads the host, as the eager form does, cannot be captured.
+    """
     graphs = []
-    for row, contestant in running:
-        if contestant.run is published_eager:
-            continue
-        contestant.run(inputs)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            contestant.run(inputs)
-        graphs.append((row, graph, []))
+    for row, run in running:
+        try:
+            graphs.append((row, Graph([lambda run=run, inputs=inputs: run(inputs) for inputs in copies]), []))
+        except Exception as error:
+            row["graph_not_timed"] = reason(error)
     for _ in range(rounds + 1):
         for _, graph, times in graphs:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(replays):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / replays)
+            times.append(graph.milliseconds())
     for row, _, times in graphs:
         row["graph_ms"] = statistics.median(times[1:])
 
 
-def timed(contestant, inputs, device: str) -> tuple[float, float | None]:
-    """Milliseconds, and on a GPU the MiB allocated beyond inputs and results."""
-    if device == "cpu":
-        start = time.perf_counter()
-        contestant.run(inputs)
-        return 1e3 * (time.perf_counter() - start), None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    result = contestant.run(inputs)
-    end.record()
-    end.synchronize()
-    kept = sum(t.nbytes for t in (result if isinstance(result, tuple) else (result,)))
-    return start.elapsed_time(end), (torch.cuda.max_memory_allocated() - before - kept) / 2**20
-
-
 def with_ratios(rows: list[dict]) -> list[dict]:
-    """Each median over that of plain SDPA (on a GPU its flash backend) and of the published form; graphs likewise."""
-    graph = {row["contestant"]: row["graph_ms"] for row in rows if "graph_ms" in row}
-    for row in rows:
-        if "graph_ms" in row and "SDPA, flash" in graph:
-            row["graph_ratio_to_sdpa"] = row["graph_ms"] / graph["SDPA, flash"]
+    """Each median over that of plain SDPA (row["sdpa"] says which) and of the published form; graphs likewise.
+
+    On a GPU plain SDPA is flash attention, which takes no mask; there it is the faster of cuDNN and efficient.
+    """
     medians = {row["contestant"]: row["median_ms"] for row in rows if "median_ms" in row}
-    plain = medians.get("SDPA, flash") or medians.get("SDPA")
+    graphs = {row["contestant"]: row["graph_ms"] for row in rows if "graph_ms" in row}
+    masked = [name for name in ("SDPA, cuDNN", "SDPA, efficient") if name in medians]
+    unmasked = [name for name in ("SDPA, flash", "SDPA") if name in medians]
+    plain = min(unmasked or masked, key=medians.get, default=None)
     eager = medians.get("eager EAH, as published")
     for row in rows:
         if "median_ms" in row:
-            row["ratio_to_sdpa"] = row["median_ms"] / plain if plain else None
+            row["sdpa"] = plain
+            row["ratio_to_sdpa"] = row["median_ms"] / medians[plain] if plain else None
             row["ratio_to_eager"] = row["median_ms"] / eager if eager else None
+        if "graph_ms" in row and plain in graphs:
+            row["graph_ratio_to_sdpa"] = row["graph_ms"] / graphs[plain]
     return rows
 
 
-def compare(revision: str, layers, device: str, rounds: int) -> None:
+def compare(revision: str, rounds: int) -> None:
     """Our own contestants of this tree and of `revision`, each in processes of its own, three times by turns."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "worktree", "add", "-q", "--detach", folder, revision], cwd=ROOT, check=True)
@@ -154,35 +130,43 @@ def compare(revision: str, layers, device: str, rounds: int) -> None:
             print(f"{' | '.join(key):90} {new:9.3f} ms  {old:9.3f} ms at {revision}  ratio {new / old:.3f}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", metavar="REV", help="compare with another revision")
+    parser.add_argument("--layers", choices=LAYERS, help="which; prefill on a GPU and cpu on a CPU unless given")
     parser.add_argument("--rounds", type=int, help="timed rounds per layer")
-    parser.add_argument("--dry-run", action="store_true", help="small layers, one round, no result file")
+    parser.add_argument("--seconds", type=float, help="begin no layer after so many")
     parser.add_argument("--rows", action="store_true", help="our own contestants' rows on stdout, no result file")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/bench", help="folder to write to")
     parser.add_argument("--commit", help="of the code measured, where there is no git")
-    arguments = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers = LAYERS if device == "cuda" else CPU_LAYERS
-    rounds = arguments.rounds or (30 if device == "cuda" else 5)
-    if arguments.base:
-        compare(arguments.base, layers, device, rounds)
+    layers = LAYERS[chosen.layers or {"cuda": "prefill", "cpu": "cpu"}[device]]
+    rounds, deadline = chosen.rounds or {"cuda": 20, "cpu": 5}[device], Deadline(chosen.seconds)
+    if chosen.base:
+        compare(chosen.base, rounds)
         return
-    if arguments.dry_run:
-        layers, rounds = [layer.small() for layer in layers], 1
-    rows = []
-    with torch.no_grad():
+    if chosen.rows:
+        with torch.no_grad():
+            each = [measure(layer, dtype, device, rounds, "EAH") for dtype in DTYPES[device] for layer in layers]
+        print(json.dumps([row for rows in each for row in rows], indent=1))
+        return
+    results = Results(chosen.out / "attention.json", device, chosen.commit, rounds=rounds)
+    for dtype in DTYPES[device]:
         for layer in layers:
-            for dtype in DTYPES[device]:
-                rows += measure(layer, dtype, device, rounds, "EAH" if arguments.rows else None)
-                if sys.stderr.isatty():
-                    print(f"... {layer} {dtype}", file=sys.stderr)
-    if arguments.rows or arguments.dry_run:
-        print(json.dumps(rows, indent=1))
-        return
-    file = results_folder(device) / "attention.json"
-    file.write_text(json.dumps({**describe(device, arguments.commit), "rounds": rounds, "rows": rows}, indent=1) + "\n")
-    print(f"wrote {file}")
+            name = f"{layer}, {str(dtype)[6:]}"
+            if deadline.passed():
+                results.leave_out(name, "no time left")
+                continue
+            try:
+                with torch.no_grad():
+                    results.add(measure(layer, dtype, device, rounds))
+            except Exception as error:
+                results.leave_out(name, reason(error))
+            print(f"{name}: {len(results.rows)} rows", flush=True)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    print(f"wrote {results.file}")
 
 
 if __name__ == "__main__":

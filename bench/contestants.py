@@ -23,6 +23,7 @@ SDPA = {
     "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA, efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+DECODE_PROGRAMS = (132, 264, 512)  # one, two and about four for each multiprocessor of a Hopper GPU
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,24 @@ def sdpa(backend: SDPBackend | None) -> Callable[[Inputs], Tensor]:
 
 
 def flex_attention() -> Callable[[Inputs], Tensor]:
+    """Compiled anew for every shape: past eight of one function, torch.compile leaves it as it is, which is eager."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
-    blocks = {}
+    compiled = {}
 
     def run(inputs: Inputs) -> Tensor:
         if inputs.attention_mask is not None:
             raise RuntimeError("measured without padding only")
-        length = inputs.query.shape[2]
-        if length not in blocks:
-            blocks[length] = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length)
+        shape = inputs.query.shape, inputs.key.shape, inputs.query.dtype
+        if shape not in compiled:
+            torch.compiler.reset()
+            compiled.clear()
+            length = inputs.query.shape[2]
+            block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, inputs.query.device)
+            compiled[shape] = torch.compile(flex_attention, dynamic=False, fullgraph=True), block_mask
+        attention, block_mask = compiled[shape]
         grouped = inputs.query.shape[1] != inputs.key.shape[1]
-        return compiled(inputs.query, inputs.key, inputs.value, block_mask=blocks[length], enable_gqa=grouped)
+        return attention(*inputs[:3], block_mask=block_mask, enable_gqa=grouped)
 
     return run
 
@@ -105,7 +111,7 @@ def flash_colreduce(inputs: Inputs) -> Tensor:
     return flash_colreduce(inputs.query, key, "sum", is_causal=True)
 
 
-def contestants(device: str, layer: Layer) -> list[Contestant]:
+def contestants(device: str, layer: Layer, dtype: torch.dtype = torch.bfloat16) -> list[Contestant]:
     """Everything that may be measured on a device; what cannot run there says so when it is checked."""
     backends = ("torch", "native") if device == "cpu" else ("triton",)
     native_cuda = device != "cpu" and native_parts()["cuda"] is None
@@ -113,13 +119,17 @@ def contestants(device: str, layer: Layer) -> list[Contestant]:
         names = {"SDPA": None} if device == "cpu" else SDPA
         found = [Contestant(name, "attention", sdpa(backend)) for name, backend in names.items()]
         ours_here = (*backends, "native") if native_cuda else backends
-        return found + [Contestant(f"EAH, {backend}", "held", shared_map(backend)) for backend in ours_here]
+        found += [Contestant(f"EAH, {backend}", "held", shared_map(backend)) for backend in ours_here]
+        if device == "cuda":
+            found += [Contestant(f"EAH, triton, {n} programs", "held", decoding_in(n)) for n in DECODE_PROGRAMS]
+        return found
     found = [Contestant("eager EAH, as published", "eah", published_eager)]
     if device == "cpu":
         found.append(Contestant("SDPA", "attention", sdpa(None)))
     else:
         found += [Contestant(name, "attention", sdpa(backend)) for name, backend in SDPA.items()]
-        found.append(Contestant("FlexAttention", "attention", flex_attention()))
+        if dtype == torch.bfloat16:  # it compiles for seconds a shape
+            found.append(Contestant("FlexAttention", "attention", flex_attention()))
         if find_spec("flash_colreduce"):
             found.append(Contestant("flash-colreduce", "column sums", flash_colreduce))
     for backend in backends:
@@ -133,6 +143,22 @@ def shared_map(backend: str) -> Callable[[Inputs], Tensor]:
     def run(inputs: Inputs) -> Tensor:
         head = torch.zeros(len(inputs.query), dtype=torch.int32, device=inputs.query.device)
         return shared_map_attention(*inputs[:3], head, attention_mask=inputs.attention_mask, backend=backend)
+
+    return run
+
+
+def decoding_in(programs: int) -> Callable[[Inputs], Tensor]:
+    """The Triton decoding kernel split into about so many programs, where it ships with decode.PROGRAMS."""
+    shipped = shared_map("triton")
+
+    def run(inputs: Inputs) -> Tensor:
+        from eah_kernels.triton import decode
+
+        before, decode.PROGRAMS = decode.PROGRAMS, programs
+        try:
+            return shipped(inputs)
+        finally:
+            decode.PROGRAMS = before
 
     return run
 
@@ -162,8 +188,10 @@ def check(contestant: Contestant, layer: Layer, dtype: torch.dtype, device: str)
     expected = eah_attention(*inputs[:4], threshold=inputs.threshold, **options)
     try:
         result = contestant.run(inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if contestant.computes == "statistics":
         return None if torch.equal(result, expected.sink_counts) else "other sink counts than the reference"
     if contestant.computes == "column sums":

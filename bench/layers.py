@@ -50,26 +50,36 @@ class Layer:
         """What a step with a head held reads of the cache: one K head and every V head."""
         return self.batch * self.length * self.dim * (1 + self.kv_heads) if self.rows else 0
 
+    @property
+    def read_elements(self) -> int:
+        """The fewest that any contestant reads."""
+        tokens = self.batch * self.length * self.dim
+        return self.cache_elements or tokens * (self.heads + 2 * self.kv_heads)
+
     def __str__(self) -> str:
         length = f"{self.rows} of {self.length}" if self.rows else self.length
         return f"{self.name}: {self.batch} x {self.heads}/{self.kv_heads} x {length} x {self.dim}"
 
 
-LAYERS = (
+PREFILL = (  # on a GPU
     Layer("LLaVA-1.5", 32, 32, 648),
-    Layer("LLaVA-1.5, batch 8", 32, 32, 648, batch=8),
-    Layer("LLaVA-1.5, batch 8, left-padded", 32, 32, 648, batch=8, padded=True),
     Layer("LLaVA-NeXT", 32, 32, 2928, image_tokens=2880),
     Layer("Qwen2-VL", 28, 4, 2928, image_tokens=2800),
     Layer("Qwen2-VL, 8k", 28, 4, 8192, image_tokens=8000),
-    Layer("Qwen2-VL, 32k", 28, 4, 32768, image_tokens=32000),
+    Layer("LLaVA-1.5, batch 8", 32, 32, 648, batch=8),
+    Layer("LLaVA-1.5, batch 8, left-padded", 32, 32, 648, batch=8, padded=True),
     Layer("InternVL, 64-dim heads", 14, 2, 1800, dim=64, image_tokens=1792),
     Layer("Qwen2-VL, no image", 28, 4, 2928, image_tokens=0),
     Layer("Qwen2-VL, no sink", 28, 4, 2928, image_tokens=2800, sinks=False),
-    Layer("LLaVA-1.5, decoding", 32, 32, 4096, rows=1),
-    Layer("LLaVA-1.5, decoding, batch 8", 32, 32, 4096, batch=8, rows=1),
-    Layer("LLaVA-1.5, decoding, 32k", 32, 32, 32768, rows=1),
-    Layer("Qwen2-VL, decoding", 28, 4, 8192, rows=1),
+    Layer("Qwen2-VL, 32k", 28, 4, 32768, image_tokens=32000),
+)
+LATENCY = (  # on a GPU, where launches and the host tell
+    PREFILL[0],
+    Layer("LLaVA-1.5, decoding, 2k", 32, 32, 2048, rows=1),
+    Layer("LLaVA-1.5, decoding, 4k", 32, 32, 4096, rows=1),
+    Layer("LLaVA-1.5, decoding, 16k", 32, 32, 16384, rows=1),
+    Layer("Qwen2-VL, decoding, 8k", 28, 4, 8192, rows=1),
+    Layer("LLaVA-1.5, decoding, 4k, batch 8", 32, 32, 4096, batch=8, rows=1),
 )
 CPU_LAYERS = (
     Layer("LLaVA-1.5", 32, 32, 648),

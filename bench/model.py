@@ -2,23 +2,24 @@
 
     python bench/model.py          LLaVA-1.5-7B's and Qwen2.5-VL-7B's shapes on a GPU; a LLaVA cut down to size on a CPU
 
-Random weights. "As published": eager attention in every layer, EAH by the eager reference. Writes model.json beside
-attention.json.
+Random weights. "As published": eager attention in every layer, EAH by the eager reference. Writes model.json into
+--out after each model. A way that fails is listed with the reason; the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
 
 import eah
-from machine import describe, results_folder
+from machine import ROOT, Results
+from timing import Deadline, reason
 
 IMAGE = 9  # the placeholder's token id
 
@@ -91,8 +92,10 @@ MODELS: dict[str, list[tuple[str, Callable, Callable]]] = {
 WAYS = {"plain SDPA": ("sdpa", None), "EAH": ("sdpa", "auto"), "EAH, as published": ("eager", "reference")}
 
 
-def measure(name: str, config, make_inputs, device: str, rounds: int, new_tokens: int) -> list[dict]:
-    """One row a way, the ways taking turns."""
+def measure(
+    name: str, config, make_inputs, device: str, rounds: int, new_tokens: int, deadline: Deadline
+) -> list[dict]:
+    """One row a way, the ways taking turns; as many rounds as the time allows, the warm-up and one at least."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -104,36 +107,58 @@ def measure(name: str, config, make_inputs, device: str, rounds: int, new_tokens
         torch.set_default_dtype(default)
     inputs = make_inputs(device, dtype)
     found = {way: {"first": [], "rest": [], "peak": 0.0} for way in WAYS}
+    failed: dict[str, str] = {}
     for round_number in range(rounds + 1):
-        for way, (implementation, backend) in WAYS.items():
-            model.set_attn_implementation({"text_config": implementation})
-            handle = eah.enable(model, backend=backend) if backend else None
+        if round_number > 1 and deadline.passed():
+            break
+        for way in WAYS:
+            if way in failed:
+                continue
             try:
-                first = generate(model, inputs, 1, device)
-                all_of_them = generate(model, inputs, new_tokens + 1, device)
-                if handle and any(layer.stood_aside for layer in handle.report().layers):
-                    raise RuntimeError(f"EAH did not act: {handle.report()}")
-            finally:
-                if handle:
-                    handle.disable()
+                first, all_of_them = first_and_rest(model, inputs, way, new_tokens, device)
+            except Exception as error:
+                failed[way] = reason(error)
+                continue
             if round_number:  # the first round warms up
                 found[way]["first"].append(first[0])
                 found[way]["rest"].append(all_of_them[0] - first[0])
                 found[way]["peak"] = max(found[way]["peak"], first[1])
     plain = found["plain SDPA"]
-    return [
-        {
-            "model": name,
-            "way": way,
-            "prompt_tokens": inputs["input_ids"].shape[1],
-            "first_token_ms": 1e3 * statistics.median(each["first"]),
-            "first_token_ratio": statistics.median(each["first"]) / statistics.median(plain["first"]),
-            "decode_tokens_per_s": new_tokens / statistics.median(each["rest"]),
-            "decode_ratio": statistics.median(plain["rest"]) / statistics.median(each["rest"]),
+    rows = []
+    for way, each in found.items():
+        row = {"model": name, "way": way, "prompt_tokens": inputs["input_ids"].shape[1]}
+        rows.append(row)
+        if way in failed:
+            row["not_timed"] = failed[way]
+            continue
+        first, rest = statistics.median(each["first"]), statistics.median(each["rest"])
+        measured = "plain SDPA" not in failed
+        row |= {
+            "rounds": len(each["first"]),
+            "first_token_ms": 1e3 * first,
+            "first_token_spread": max(each["first"]) / min(each["first"]),
+            "first_token_ratio": first / statistics.median(plain["first"]) if measured else None,
+            "decode_tokens_per_s": new_tokens / rest,
+            "decode_ratio": statistics.median(plain["rest"]) / rest if measured else None,
             "peak_extra_mib": each["peak"] if device == "cuda" else None,
         }
-        for way, each in found.items()
-    ]
+    return rows
+
+
+def first_and_rest(model, inputs: dict, way: str, new_tokens: int, device: str):
+    """`generate` of one token, and of new_tokens more."""
+    implementation, backend = WAYS[way]
+    model.set_attn_implementation({"text_config": implementation})
+    handle = eah.enable(model, backend=backend) if backend else None
+    try:
+        first = generate(model, inputs, 1, device)
+        all_of_them = generate(model, inputs, new_tokens + 1, device)
+        if handle and any(layer.stood_aside for layer in handle.report().layers):
+            raise RuntimeError(f"EAH did not act: {handle.report()}")
+    finally:
+        if handle:
+            handle.disable()
+    return first, all_of_them
 
 
 @torch.no_grad()
@@ -151,21 +176,27 @@ def generate(model, inputs: dict, tokens: int, device: str) -> tuple[float, floa
     return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--seconds", type=float, help="begin no round after so many")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/bench", help="folder to write to")
     parser.add_argument("--commit", help="of the code measured, where there is no git")
-    arguments = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
+    results, deadline = Results(chosen.out / "model.json", device, chosen.commit), Deadline(chosen.seconds)
     for name, config, make_inputs in MODELS[device]:
-        rows += measure(name, config(), make_inputs, device, arguments.rounds, arguments.new_tokens)
+        if deadline.passed():
+            results.leave_out(name, "no time left")
+            continue
+        try:
+            results.add(measure(name, config(), make_inputs, device, chosen.rounds, chosen.new_tokens, deadline))
+        except Exception as error:
+            results.leave_out(name, reason(error))
         if device == "cuda":
             torch.cuda.empty_cache()
-    file = results_folder(device) / "model.json"
-    file.write_text(json.dumps({**describe(device, arguments.commit), "rows": rows}, indent=1) + "\n")
-    print(f"wrote {file}")
+    print(f"wrote {results.file}")
 
 
 if __name__ == "__main__":

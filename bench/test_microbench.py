@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from contestants import check, contestants
-from layers import CPU_LAYERS, LAYERS, make_inputs
+from layers import CPU_LAYERS, LATENCY, PREFILL, make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
@@ -15,7 +15,7 @@ DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 CASES = [
     pytest.param(layer, contestant, id=f"{layer}-{contestant.name}")
-    for layer in ((*LAYERS[:6], *LAYERS[-4:]) if DEVICE == "cuda" else CPU_LAYERS)
+    for layer in ((*PREFILL[:6], *LATENCY[1:]) if DEVICE == "cuda" else CPU_LAYERS)
     for contestant in contestants(DEVICE, layer)
 ]
 

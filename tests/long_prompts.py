@@ -1,4 +1,4 @@
-"""The reference of long causal prompts, a block of rows at a time: the float64 maps of 16k tokens in full want 40 GiB."""
+"""The reference of long causal prompts by blocks of rows: the float64 maps of 16k tokens in full want 40 GiB."""
 
 from __future__ import annotations
 
