@@ -39,13 +39,15 @@ resources: $(INSTALLED)
 	TRITON_INTERPRET=0 $(VENV)/bin/python bench/resources.py $(if $(ALL),--all)
 	$(VENV)/bin/python bench/cuda_resources.py
 
+# Into build/bench; with PUBLISH=1 also into bench/results and README.md, unless the machine is busy.
 bench: $(INSTALLED)
-	$(VENV)/bin/python bench/attention.py
-	$(VENV)/bin/python bench/model.py
-	$(VENV)/bin/python bench/report.py --readme
+	$(VENV)/bin/python bench/measure.py $(if $(PUBLISH),--publish)
 
+# One part of 1 to 6 on a CUDA machine, with its own python3.
+PART ?= 1
+OUT ?= build/device-$(PART)
 bench-device:
-	bash bench/device.sh
+	bash bench/device.sh $(PART) $(OUT)
 
 # The native kernels built for the sanitizers, all CPU capabilities, under their conformance tests.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined

@@ -1,33 +1,28 @@
-"""Tables and a chart from the result files.
+"""Tables and a chart from the result files: `python bench/report.py [FOLDER ...]` prints the tables.
 
-python bench/report.py              print the tables of every result folder, and redraw their charts
-python bench/report.py --readme     also put the essential tables between the marks in README.md
+bench/publish.py puts them into the repository.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from machine import ROOT
+
 ESSENTIAL = ("eah", "attention", "held")
-MARKS = "<!-- results: made by bench/report.py -->", "<!-- end of results -->"
 
 
-def folders() -> list[Path]:
-    """$OUT, or every folder under bench/results."""
-    if "OUT" in os.environ:
-        return [Path(os.environ["OUT"])]
-    return sorted(path.parent for path in (ROOT / "bench/results").glob("*/attention.json"))
+def published(root: Path = ROOT) -> list[Path]:
+    return sorted(path.parent for path in (root / "bench/results").glob("*/attention.json"))
 
 
 def heading(results: dict, file: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
-    where = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
-    code = f"commit {results['commit'][:12]}; `{results['command']}`; [{file.name}]({where})"
-    return f"Measured: {results['device']}; {versions}; {code}"
+    where = "/".join(file.parts[-4:]) if file.parts[-4:-2] == ("bench", "results") else file.name
+    commit = f"commit {results['commit'][:12]}; " if "commit" in results else ""
+    return f"Measured: {results['device']}; {versions}; {commit}`{results['command']}`; [{file.name}]({where})"
 
 
 def attention_table(file: Path) -> str:
@@ -82,8 +77,11 @@ def model_table(file: Path) -> str:
         "|" + "---|" * 7,
     ]
     for row in results["rows"]:
-        cells = [row["model"], row["way"], f"{row['first_token_ms']:.4g}", f"{row['first_token_ratio']:.3f}"]
-        cells += [f"{row['decode_tokens_per_s']:.3g}", f"{row['decode_ratio']:.3f}", number(row["peak_extra_mib"])]
+        if "not_timed" in row:
+            lines.append(f"| {row['model']} | {row['way']} | not timed: {row['not_timed']} | | | | |")
+            continue
+        cells = [row["model"], row["way"], f"{row['first_token_ms']:.4g}", number(row["first_token_ratio"], 3)]
+        cells += [f"{row['decode_tokens_per_s']:.3g}", number(row["decode_ratio"], 3), number(row["peak_extra_mib"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -93,21 +91,18 @@ def figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def number(value: float | None, places: int = 2) -> str:
+    return "" if value is None else f"{value:.{places}f}"
 
 
 def tables(folder: Path, essential: bool) -> str:
-    table = essential_table if essential else attention_table
-    parts = [table(folder / "attention.json")]
-    if (folder / "model.json").exists():
-        parts.append(model_table(folder / "model.json"))
-    return "\n\n".join(parts)
+    found = {"attention.json": essential_table if essential else attention_table, "model.json": model_table}
+    return "\n\n".join(table(folder / name) for name, table in found.items() if (folder / name).exists())
 
 
-def readme_results() -> str:
+def readme_results(root: Path = ROOT) -> str:
     """What stands between the marks in README.md."""
-    return "\n\n".join(tables(folder, essential=True) for folder in folders())
+    return "\n\n".join(tables(folder, essential=True) for folder in published(root))
 
 
 def chart(folder: Path) -> Path:
@@ -137,17 +132,9 @@ def chart(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--readme", action="store_true", help="write the essential tables into README.md")
-    arguments = parser.parse_args()
-    for folder in folders():
-        (folder / "attention.md").write_text(tables(folder, essential=False) + "\n")
-        chart(folder)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="default: those that are published")
+    for folder in parser.parse_args().folders or published():
         print(tables(folder, essential=True), "\n")
-    if arguments.readme:
-        file = ROOT / "README.md"
-        before, rest = file.read_text().split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        file.write_text(f"{before}{MARKS[0]}\n{readme_results()}\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":
