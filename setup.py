@@ -169,6 +169,6 @@ def nvcc_release() -> tuple[int, int] | None:
 
 setup(
     packages=[*find_packages(include=["eah_kernels*"]), *find_packages("python")],
-    package_dir={"eah": "python/eah"},
+    package_dir={"eah": "python/eah", "eah_command": "python/eah_command"},
     **native_extension(),
 )

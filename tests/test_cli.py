@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
 
+import eah_command
 import eah_kernels
 from contestants import published_eager
 from eah import cli, demo, doctor
@@ -242,6 +243,19 @@ def test_an_interrupt_ends_in_one_line(capsys, monkeypatch, command):
     for name in ("family_table", "doctor", "demo"):
         monkeypatch.setattr(cli, name, interrupted)
     assert run(capsys, *command) == (130, "", f"eah {command[0]}: interrupted\n")
+
+
+def test_an_interrupt_while_torch_loads_ends_in_one_line(capsys, monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "eah.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "eah.cli")
+    monkeypatch.delattr("eah.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert eah_command.main() == 130
+    assert capsys.readouterr() == ("", "eah: interrupted\n")
 
 
 def test_a_traceback_is_shown_on_request(capsys, saved_model):

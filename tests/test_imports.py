@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "eah_kernels").rglob("*.py"))
-BINDING = sorted((ROOT / "python/eah").rglob("*.py"))
+BINDING = sorted((ROOT / "python").rglob("*.py"))
 
 
 def imported(path):
