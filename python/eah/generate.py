@@ -14,7 +14,7 @@ from eah.demo import load_picture, progress
 from eah.doctor import one_line, why_no_enable
 from eah_kernels import eah_attention
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def generate(
@@ -42,12 +42,14 @@ def generate(
     problem = why_no_enable()
     if problem:
         raise ImportError(problem)
+    from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # or every retry without a network is a line
     progress(f"looking at {model_id}")
     check_model(model_id, knobs if "with" in answers else None, trust_remote_code)
     progress(f"loading {model_id}")
@@ -111,7 +113,7 @@ def check_model(model_id: str, knobs: dict | None, trust_remote_code: bool) -> N
     if here and not Path(model_id).is_dir():
         raise ValueError(f"model must be a folder or an id on the hub; {model_id} is a file")
     if not here and not HUB_ID.fullmatch(model_id):
-        raise ValueError(f"there is no folder {model_id}")
+        raise ValueError(f"there is no folder {model_id}, and an id on the hub has the form owner/name")
     try:
         config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
     except OSError as error:
