@@ -91,7 +91,7 @@ def steps(part: int, folder: Path, commit: str | None = None) -> list[Step]:
         return [environment, script("models", 400, "model", "--rounds", "3")]
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9")
     probe = Step("probe", (*sanitizer, "--tool", "memcheck", sys.executable, "-c", PROBE), 60)
-    runs = [("memcheck", "native", 80), ("racecheck", "native", 80), ("memcheck", "triton", 80)]
+    runs = [("memcheck", "native", 90), ("racecheck", "native", 90), ("memcheck", "triton", 90)]
     return [
         build,
         probe,

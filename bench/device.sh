@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.:python:tests:bench PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_COMPILE_THREADS=2 # of each test worker; there is one a core
 exec python3 bench/device.py "$@"

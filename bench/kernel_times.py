@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
             for variant in BOUNDS if chosen.bounds else [SHIPPED]:
                 what = f"{layer}, {str(dtype)[6:]}, {variant.name}"
                 if deadline.passed():
-                    results.leave_out(what, "no time left")
+                    results.leave_out(what, "no time left", failed=False)
                     continue
                 try:
                     with torch.no_grad():
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
                     results.leave_out(what, reason(error))
                 print(what, flush=True)
                 torch.cuda.empty_cache()
-    return 0
+    return int(results.failed)
 
 
 if __name__ == "__main__":

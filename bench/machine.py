@@ -22,11 +22,13 @@ class Results:
 
     def __init__(self, file: Path, device: str, commit: str | None = None, **more):
         self.file, self.head, self.rows = Path(file), {**describe(device, commit), **more, "left_out": {}}, []
+        self.failed = False  # something was left out, and not for lack of time
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.add([])
 
-    def leave_out(self, what: str, why: str) -> None:
+    def leave_out(self, what: str, why: str, failed: bool = True) -> None:
         self.head["left_out"][what] = why
+        self.failed |= failed
         self.add([])
 
     def add(self, rows: list[dict]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,7 +177,7 @@ def generate(model, inputs: dict, tokens: int, device: str) -> tuple[float, floa
     return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -188,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     results, deadline = Results(chosen.out / "model.json", device, chosen.commit), Deadline(chosen.seconds)
     for name, config, make_inputs in MODELS[device]:
         if deadline.passed():
-            results.leave_out(name, "no time left")
+            results.leave_out(name, "no time left", failed=False)
             continue
         try:
             results.add(measure(name, config(), make_inputs, device, chosen.rounds, chosen.new_tokens, deadline))
@@ -197,7 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
         if device == "cuda":
             torch.cuda.empty_cache()
     print(f"wrote {results.file}")
+    return int(results.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

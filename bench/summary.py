@@ -60,8 +60,11 @@ def attention(results: dict, folder: Path) -> Iterator[str]:
                 cell += f" h {row['host_ms']:.2g}" if "graph_ms" in row else ""
             if not row["contestant"].endswith("alone"):
                 cells.append(cell)
-        absent = [short(row["contestant"]) for row in rows if "not_timed" in row]
-        cells += [f"not timed: {', '.join(absent)}"] if absent else []
+        absent = [row for row in rows if "not_timed" in row]
+        ours = [row for row in absent if row["contestant"].startswith("EAH")]
+        theirs = [short(row["contestant"]) for row in absent if row not in ours]
+        cells += [f"not timed: {', '.join(theirs)}"] if theirs else []
+        cells += [f"NOT TIMED: {short(row['contestant'])}: {row['not_timed'][:60]}" for row in ours]
         yield from packed(f"{layer} {dtype}:", cells)
 
 

@@ -73,8 +73,13 @@ class Graph:
         calls[0]()  # compiles and allocates what a capture must not
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.results = [call() for call in calls]
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.results = [call() for call in calls]
+        except BaseException:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+            raise
 
     def milliseconds(self, replays: int = 10) -> float:
         """Of one call."""

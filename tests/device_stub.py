@@ -97,6 +97,8 @@ def stub_device(monkeypatch):
         get_device_properties=lambda *_: PROPERTIES,
         get_device_capability=lambda *_: (9, 0),
         synchronize=lambda *_: None,
+        current_stream=lambda *_: "the stream",
+        set_stream=lambda stream: None,
         empty_cache=lambda: None,
         memory_allocated=lambda *_: 0,
         max_memory_allocated=lambda *_: 0,

@@ -172,7 +172,12 @@ def test_measuring_touches_no_tracked_file(monkeypatch, capsys, tmp_path):
     git = subprocess.run(["git", "check-ignore", "build/bench"], cwd=ROOT, capture_output=True)
     assert git.returncode == 0 or not (ROOT / ".git").exists()
     commands = []
-    monkeypatch.setattr(measure.subprocess, "run", lambda command, **_: commands.append(command))
+
+    def run(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(measure.subprocess, "run", run)
     monkeypatch.setattr(publish, "publish", lambda *_: pytest.fail("it was published"))
     assert measure.main(["--out", str(run_of(tmp_path / "out"))]) == 0
     assert [command[1].name for command in commands] == ["attention.py", "model.py"]
@@ -211,10 +216,10 @@ def test_a_result_file_is_whole_after_every_row(monkeypatch, tmp_path):
 def test_layers_that_fail_or_find_no_time_are_left_out(monkeypatch, tmp_path):
     monkeypatch.setitem(attention.LAYERS, "cpu", CPU_LAYERS[:2])
     monkeypatch.setattr(attention, "measure", lambda *_: 1 / 0)
-    attention.main(["--out", str(tmp_path)])
+    assert attention.main(["--out", str(tmp_path)]) == 1
     assert set(json.loads((tmp_path / "attention.json").read_text())["left_out"].values()) == {
         "ZeroDivisionError: division by zero"
     }
-    attention.main(["--out", str(tmp_path), "--seconds", "0"])
+    assert attention.main(["--out", str(tmp_path), "--seconds", "0"]) == 0
     left_out = json.loads((tmp_path / "attention.json").read_text())["left_out"]
     assert len(left_out) == 4 and set(left_out.values()) == {"no time left"}
