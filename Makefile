@@ -3,7 +3,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo test compiled seam wheels sanitize lint resources bench bench-device clean
+.PHONY: demo test compiled seam wheels fuzz sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
@@ -49,15 +49,22 @@ OUT ?= build/device-$(PART)
 bench-device:
 	bash bench/device.sh $(PART) $(OUT)
 
-# The native kernels built for the sanitizers, all CPU capabilities, under their conformance tests.
+# Random problems against the reference: make fuzz MINUTES=10 SEED=7
+fuzz: $(INSTALLED)
+	$(VENV)/bin/python -W ignore tests/fuzz.py --minutes $(or $(MINUTES),1) $(if $(SEED),--seed $(SEED))
+
+# The native kernels built for the sanitizers, all CPU capabilities, under their conformance tests and a minute of fuzz.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0
 sanitize: $(INSTALLED)
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" EAH_BUILD=cpu $(VENV)/bin/python setup.py -q \
 	    build --build-base build/sanitize --build-lib build/sanitize/lib
 	grep -q __asan_ build/sanitize/lib/eah_kernels/_C.abi3.so
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 $(VENV)/bin/python -m pytest -o pythonpath="build/sanitize/lib python tests" \
+	$(SANITIZED) $(VENV)/bin/python -m pytest -o pythonpath="build/sanitize/lib python tests" \
 	    tests/test_native.py tests/test_backends.py tests/test_hidden.py -k "native and not missing"
+	PYTHONPATH=build/sanitize/lib $(SANITIZED) $(VENV)/bin/python -W ignore tests/fuzz.py --backends native \
+	    --minutes $(or $(MINUTES),1) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf .venv build *.egg-info
