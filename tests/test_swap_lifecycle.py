@@ -164,7 +164,8 @@ def test_report_before_during_and_after():
     handle.disable()
     assert handle.report() == report
     row, other = report.layers[1].rows
-    assert row == eah.RowReport(0, (9, 9, 9, 9), 9, 1.0, None)  # threshold 0: every head has nine, the first wins
+    level = row.uniform_level  # threshold 0: every head has nine, the first wins
+    assert row == eah.RowReport(0, (9, 9, 9, 9), 9, 1.0, None, True, True, level, 1.0) and 0 < level < 1
     assert other == eah.RowReport(None, (0, 0, 0, 0), 0, 0.0, "no image token")
     assert "layer 1\n  row  head  sinks  image tokens  density\n    0     0      9             9    1.000" in str(
         report

@@ -176,7 +176,7 @@ class Handle:
 
     def _report(self, records) -> Report:
         layers = zip(self._enabled.layers, records, strict=True)
-        reports = tuple(layer_report(layer.index, record, layer.settings.min_density) for layer, record in layers)
+        reports = tuple(layer_report(layer.index, record, layer.settings) for layer, record in layers)
         return Report(reports, self._enabled.notes)
 
     def image_mask(self, mask: torch.Tensor) -> AbstractContextManager[None]:

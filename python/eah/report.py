@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from eah.decode import HELD, MISSED, NOTHING_HELD
+from eah.uniform import Sight, uniform_means
 
 
 class Record(NamedTuple):
@@ -16,6 +17,7 @@ class Record(NamedTuple):
     head: Tensor | None = None  # (B,) int32
     sink_counts: Tensor | None = None  # (B, Hq) int32
     image_mask: Tensor | None = None  # (B, S) bool
+    sight: Sight | None = None
     stood_aside: str | None = None
     afterwards: str | None = None
     held: Tensor | None = None  # () bool: later forwards of several tokens were lent a held head's map
@@ -29,13 +31,31 @@ NO_PLACEHOLDER = "no image token: no embedding is a placeholder's; handle.image_
 
 @dataclass(frozen=True)
 class RowReport:
-    """One batch row of a prefill: the head that lent its map, or None and why."""
+    """One batch row of a prefill: the head that lent its map, or None and why.
+
+    How much the choice says depends on the prompt's length: in a short prompt attention that favours nothing exceeds
+    the threshold, too. That uniform attention gives each of the keys that a row sees the same, and its mean u_j down a
+    column is taken over the rows that count for the column; image columns without such a row are left out.
+    """
 
     head: int | None
     sinks: tuple[int, ...]  # per query head
     image_tokens: int
     density: float  # most sinks of a head / image tokens; 0 without image tokens
     why_none: str | None
+    tied: bool = False  # another head has as many sinks as the chosen one, which has the lowest index
+    saturated: bool = False  # all image tokens are sinks of the chosen head
+    uniform_level: float = 0.0  # mean of u_j over the image columns; 0 without any
+    uniform_share: float = 0.0  # share of the image columns whose u_j exceeds the threshold
+
+    def caution(self) -> str | None:
+        """What makes the choice of a head say little, in one line."""
+        parts = ["another head has as many sinks"] * self.tied
+        parts += ["all image tokens are its sinks"] * self.saturated
+        if self.uniform_share:
+            share = f"{100 * self.uniform_share:.0f} % of the image tokens"
+            parts.append(f"uniform attention, {self.uniform_level:.2g}, would make sinks of {share}")
+        return "; ".join(parts) or None
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,8 @@ class LayerReport:
             most, head = max(row.sinks, default=0), "none" if row.head is None else row.head
             lines.append(f"  {number:>3}  {head:>4}  {most:>5}  {row.image_tokens:>12}  {row.density:>7.3f}")
             lines.append(f"       sinks per head: {' '.join(map(str, row.sinks))}")
+            if row.caution():
+                lines.append(f"       {row.caution()}")
             if row.why_none:
                 lines.append(f"       {row.why_none}: the row kept its own attention maps")
         if self.stood_aside:
@@ -82,16 +104,16 @@ class Report:
         return "\n".join([*map(str, self.layers), *(f"note: {note}" for note in self.notes)])
 
 
-def layer_report(layer: int, record: Record | None, min_density: float) -> LayerReport:
-    """Reads the record's tensors: this waits for the device."""
+def layer_report(layer: int, record: Record | None, settings) -> LayerReport:
+    """Reads the record's tensors: this waits for the device. settings: the layer's threshold and min_density."""
     if record is None:
         return LayerReport(layer)
     if record.stood_aside is not None:
         return LayerReport(layer, stood_aside=record.stood_aside, afterwards=record.afterwards)
-    image_tokens = record.image_mask.sum(-1).tolist()
-    rows = zip(record.head.tolist(), record.sink_counts.tolist(), image_tokens, strict=True)
     none_found = NO_PLACEHOLDER if record.by_embedding else NO_IMAGE_TOKEN
-    rows = tuple(_row(*row, min_density, none_found) for row in rows)
+    image_tokens, uniform = record.image_mask.sum(-1).tolist(), uniform_means(record.sight, record.image_mask)
+    columns = zip(record.head.tolist(), record.sink_counts.tolist(), image_tokens, uniform, strict=True)
+    rows = tuple(_row(*row, settings, none_found) for row in columns)
     continued, afterwards = None, record.afterwards
     if record.held is not None:
         continued, none_held = (HELD, None) if record.held.item() else (None, NOTHING_HELD)
@@ -101,10 +123,24 @@ def layer_report(layer: int, record: Record | None, min_density: float) -> Layer
     return LayerReport(layer, rows, afterwards=afterwards, continued=continued)
 
 
-def _row(head: int, sinks: list[int], image_tokens: int, min_density: float, none_found: str) -> RowReport:
-    density = max(sinks) / image_tokens if image_tokens else 0.0
+def _row(head: int, sinks: list[int], image_tokens: int, uniform: Tensor, settings, none_found: str) -> RowReport:
+    most, chosen = max(sinks), head >= 0
+    density = most / image_tokens if image_tokens else 0.0
     why_none = None
-    if head < 0:
-        why_none = "no head has a sink" if not any(sinks) else f"density below min_density {min_density:g}"
+    if not chosen:
+        why_none = f"density below min_density {settings.min_density:g}" if most else "no head has a sink"
         why_none = why_none if image_tokens else none_found
-    return RowReport(None if head < 0 else head, tuple(sinks), image_tokens, density, why_none)
+    uniform = uniform[head if chosen and len(uniform) > 1 else 0]
+    uniform = uniform[uniform > 0]  # elsewhere there is no image token, or no row that counts
+    level, share = (t.double().mean().item() if len(t) else 0.0 for t in (uniform, uniform > settings.threshold))
+    return RowReport(
+        head=head if chosen else None,
+        sinks=tuple(sinks),
+        image_tokens=image_tokens,
+        density=density,
+        why_none=why_none,
+        tied=chosen and sinks.count(most) > 1,
+        saturated=chosen and most == image_tokens,
+        uniform_level=level,
+        uniform_share=share,
+    )

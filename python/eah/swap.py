@@ -30,6 +30,7 @@ from eah.image_tokens import CACHED, CONTINUOUS, PREFILL, Prefill
 from eah.models import attention_namespace, query_heads
 from eah.parallel import head_block, lend_across, of_all_heads, of_own_heads
 from eah.report import Record
+from eah.uniform import sight_of
 from eah_kernels import (
     eah_attention,
     seeing_rows,
@@ -191,7 +192,8 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     elif held is not None:
         decode.carry(held, decode.Carried(head, receives))
     complete = held.complete if tracks else None
-    layer.remember(Record(head, counts, call.image_mask, complete=complete, by_embedding=prefill.by_embedding))
+    seen = sight_of(call)
+    layer.remember(Record(head, counts, call.image_mask, seen, complete=complete, by_embedding=prefill.by_embedding))
     if not fused:
         return _lent(base, view, arguments, kwargs, head, receives, block)
     if tracks:
