@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
 
 # In as many processes as there are cores; without pytest-xdist, `python -m pytest` runs the same in one.
-PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PARALLEL)
 

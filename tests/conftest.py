@@ -23,10 +23,18 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+BUILT_ONCE = {"ranks", "alone", "emulator", "saved_model"}  # fixtures that take seconds
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """On a GPU machine the kernel tests are gpu tests too; elsewhere gpu tests are skipped, with the reason."""
+    """On a GPU machine the kernel tests are gpu tests too; elsewhere gpu tests are skipped, with the reason.
+
+    A file's tests that use BUILT_ONCE run in one process of pytest-xdist's, by --dist loadgroup.
+    """
     for item in items:
+        if BUILT_ONCE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if not torch.cuda.is_available() and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device: torch.cuda.is_available() is False"))
         if torch.cuda.is_available() and "kernel_device" in getattr(item, "fixturenames", ()):
