@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import torch
@@ -21,7 +22,8 @@ def build(family: str, attn: str | None = None, **changes):
     if row.vision and row.vision is not TIMM:
         sub["vision_config"] = dict(row.vision)
     kind = getattr(hf, row.config)
-    ids = {name: token for name, token in row.ids.items() if hasattr(kind, name) or name in kind.attribute_map}
+    known = {*dir(kind), *kind.attribute_map, *inspect.signature(kind).parameters}
+    ids = {name: token for name, token in row.ids.items() if name in known}
     config = kind(**{**sub, **ids, **row.top})
     if row.vision is TIMM:  # the tower is one of timm, which is not installed: another takes its place
         config.__dict__["vision_config"] = hf.SiglipVisionConfig(**TIMM)

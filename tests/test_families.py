@@ -231,7 +231,10 @@ REFUSED = {  # why, and what makes the config small, or complete where its defau
     "blip": ("cross-attention", {"text_config": TEXT, "vision_config": VIT}),
     "diffusion_gemma": (
         "by diffusion",
-        {"text_config": {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8, "num_hidden_layers": 2}},
+        {
+            "text_config": {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8, "num_hidden_layers": 2},
+            "vision_config": {"model_type": "gemma4_vision"},
+        },
     ),
     "evolla": ("proteins", {"num_hidden_layers": 2}),
     "florence2": ("an encoder", {"text_config": BART}),
@@ -260,7 +263,10 @@ REFUSED = {  # why, and what makes the config small, or complete where its defau
     "qwen4_exp": ("selected keys only", {"text_config": {**INDEXER, "num_hidden_layers": 4}}),
     "t5gemma2": ("an encoder", {}),
     "udop": ("an encoder", {}),
-    "vision-encoder-decoder": ("an encoder", {}),
+    "vision-encoder-decoder": (
+        "an encoder",
+        {"encoder": {"model_type": "vit", **VIT}, "decoder": {"model_type": "gpt2", "n_layer": 1}},
+    ),
     **{name: ("no image", {}) for name, family in FAMILIES.items() if family.refused == SPEECH},
 }
 OUTSIDE_THE_MAPS = {"mistral_large4": "MistralLarge4ForConditionalGeneration", "pixtral": "PixtralVisionModel"}

@@ -266,7 +266,7 @@ def attention_modules(model, layers: tuple[int, ...], may_move: bool = False) ->
     first = min((index for index in usable if index >= 1), default=min(usable))
     if may_move:
         layers = tuple(layer if layer in usable else first for layer in layers)
-    count = decoder.config.num_hidden_layers
+    count = decoder.config.get_text_config(decoder=True).num_hidden_layers
     for layer in layers:
         if not 0 <= layer < count:
             raise ValueError(f"layers must be within 0..{count - 1} for {named(model)}, got {layer}")
