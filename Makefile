@@ -21,8 +21,9 @@ compiled: $(INSTALLED)
 VERSIONS := $(patsubst tests/%.txt,%,$(wildcard tests/transformers-*.txt))
 seam: $(VERSIONS:%=seam-%)
 seam-%: $(VENV)/%/installed
-	PYTHONPATH=$(VENV)/$* $(VENV)/bin/python -c "import transformers as t; assert '$*'.endswith(t.__version__), t"
-	PYTHONPATH=$(VENV)/$* $(VENV)/bin/python -m pytest $(PARALLEL) -m seam
+	PYTHONPATH=$(abspath $(VENV)/$*) $(VENV)/bin/python -c "import transformers as t; assert '$*'.endswith(t.__version__), t"
+	PYTHONPATH=$(abspath $(VENV)/$*) $(VENV)/bin/python -m pytest $(PARALLEL) -m seam
+.SECONDARY: $(VERSIONS:%=$(VENV)/%/installed)
 $(VENV)/transformers-%/installed: tests/transformers-%.txt $(INSTALLED)
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(@D) -r $<
