@@ -320,6 +320,7 @@ def test_doctor(capsys, monkeypatch):
 def test_doctor_finds_a_transformers_that_is_too_old_or_broken(monkeypatch):
     import transformers
 
+    assert f'"transformers>={doctor.OLDEST_TRANSFORMERS}"' in (ROOT / "pyproject.toml").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(transformers, "__version__", "4.57.1")
         assert doctor.why_no_enable().startswith("it needs transformers >= 5.3, and 4.57.1 is installed: pip install")
