@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import attention
+import build_native
 import contestants
 import device
 import environment
@@ -271,4 +271,27 @@ def test_an_addition_for_each_exp(tmp_path):
         assert "tl.exp2(" in before and "exp2(" not in re.sub('""".*?"""', "", after, flags=re.DOTALL)
         assert len(before.splitlines()) == len(after.splitlines())
         compile(after, name, "exec")
-    assert not list(tmp_path.rglob("*.so")) and shutil.rmtree(tmp_path) is None
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_process_without_exps_imports_the_rewritten_package(monkeypatch, tmp_path):
+    def run(command, env):
+        asked = [sys.executable, "-c", "import eah_kernels; print(eah_kernels.__file__)"]
+        found = subprocess_run(asked, cwd=tmp_path, env=env, capture_output=True, text=True).stdout
+        assert found.startswith(env["PYTHONPATH"].split(":")[0]) and command[-1] == "--exp-is-gone"
+        return subprocess.CompletedProcess(command, 3)
+
+    subprocess_run = subprocess.run
+    monkeypatch.setattr(kernel_times.subprocess, "run", run)
+    assert kernel_times.main(["--bounds", "--exp-as-add"]) == 3
+
+
+@pytest.mark.parametrize(
+    "answers, built, status", [([""], 0, 0), (["absent", ""], 1, 0), (["absent", "no nvcc"], 1, 1)]
+)
+def test_the_cuda_part_is_built_where_it_is_missing(answers, built, status, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(build_native, "missing", lambda: answers.pop(0))
+    monkeypatch.setattr(build_native.subprocess, "run", lambda command, cwd: commands.append(command))
+    assert build_native.main() == status and len(commands) == built
+    assert status == 0 or "no nvcc" in capsys.readouterr().out
