@@ -407,6 +407,8 @@ def _require_tensors(**tensors) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {tensor.layout}")
 
 
 def _named_shapes(result: NamedTuple) -> str:

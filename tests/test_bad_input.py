@@ -30,6 +30,8 @@ BAD = [
     ("query", ValueError, dict(query=floats(H, S, D))),
     ("query", TypeError, dict(query=[[1.0]])),
     ("query", ValueError, dict(query=floats(B, 0, S, D))),
+    ("query.*torch.sparse_coo", TypeError, dict(query=floats(B, H, S, D).to_sparse())),
+    ("attention_mask.*torch.sparse_coo", TypeError, dict(attention_mask=floats(B, 1, S, S).to_sparse())),
     ("query", TypeError, dict(query=floats(B, H, S, D, dtype=torch.int32))),
     ("query", TypeError, dict(query=floats(B, H, S, D, dtype=torch.float8_e4m3fn))),
     ("query", ValueError, dict(query=floats(B, H, S, 257), key=floats(B, 2, S, 257))),
