@@ -57,6 +57,7 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(built)
     loaded.emulator_program.restype = ctypes.c_void_p
     loaded.emulator_launch.restype = ctypes.c_int64
+    loaded.emulator_reached.restype = ctypes.POINTER(ctypes.c_uint8)
     return loaded
 
 
@@ -70,6 +71,12 @@ class Executable:
             arrays += [ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(len(array))]
         slots, wgmma = program.next_slot, int(program.wgmma)
         self.handle = ctypes.c_void_p(library().emulator_program(*arrays, slots, wgmma))
+
+    def reached(self) -> set[int]:
+        """The PTX lines that a launch so far came to; of waits those that had something to wait for."""
+        flags = library().emulator_reached(self.handle)
+        steps = zip(self.program.source, flags, strict=False)
+        return {step.line for step, flag in steps if flag & (2 if "wait" in step.opcode else 1)}
 
     def __del__(self):
         library().emulator_free(self.handle)

@@ -209,7 +209,7 @@ class Program:
             return struct.unpack(">I", bytes.fromhex(operand[2:]))[0]
         if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", operand):
             return int(operand.rstrip("U"), 0)
-        if re.fullmatch(r"[A-Za-z_$][\w$]*", operand):  # the one array of shared memory
+        if operand in self.kernel.shared:
             return 0
         raise PTXError(f"{operand} is no operand that the emulator knows")
 

@@ -31,7 +31,10 @@ class Statement(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """params: name to (offset, bytes, type); registers: name without its number to bytes, predicates 0."""
+    """params: name to (offset, bytes, type); registers: name without its number to bytes, predicates 0.
+
+    shared: the names of the one array of shared memory.
+    """
 
     name: str
     threads: int
@@ -39,17 +42,19 @@ class Kernel(NamedTuple):
     param_bytes: int
     registers: dict[str, int]
     statements: tuple[Statement, ...]
+    shared: tuple[str, ...]
 
 
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX file by name."""
     lines = [re.sub(r"//.*", "", line).strip() for line in text.split("\n")]
     files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text))
+    shared = tuple(re.findall(r"\.extern \.shared .*?([\w$]+)\[\]", text))
     kernels, at = {}, 0
     while at < len(lines):
         entry = re.match(r"(?:\.visible |\.weak )?\.entry\s+([\w$]+)", lines[at])
         if entry:
-            kernel, at = _kernel(entry[1], lines, at, files)
+            kernel, at = _kernel(entry[1], lines, at, files, shared)
             kernels[kernel.name] = kernel
         elif lines[at].startswith((".func", ".visible .func")):
             raise PTXError(f"line {at + 1}: functions are not executed: {lines[at]}")
@@ -57,7 +62,7 @@ def parse(text: str) -> dict[str, Kernel]:
     return kernels
 
 
-def _kernel(name: str, lines: list[str], at: int, files: dict[str, str]) -> tuple[Kernel, int]:
+def _kernel(name: str, lines: list[str], at: int, files: dict[str, str], shared: tuple[str, ...]) -> tuple[Kernel, int]:
     params, offset, threads = {}, 0, 0
     while lines[at] != "{":
         line = lines[at]
@@ -105,13 +110,13 @@ def _kernel(name: str, lines: list[str], at: int, files: dict[str, str]) -> tupl
             if not piece.endswith(";") or piece.startswith(".") or piece == ";":
                 continue
             statements.append(_statement(piece[:-1], at + 1, location, scopes))
-    return Kernel(name, threads, params, offset, registers, tuple(statements)), at
+    return Kernel(name, threads, params, offset, registers, tuple(statements), shared), at
 
 
 def _statement(text: str, line: int, location: str, scopes: list[dict[str, str]]) -> Statement:
     for scope in scopes:
         for name, unique in scope.items():
-            text = re.sub(rf"(?<![\w%.@]){re.escape(name)}(?![\w@])", unique, text)
+            text = re.sub(rf"(?<![\w%.]){re.escape(name)}(?![\w@])", unique, text)
     negated, guard, opcode, rest = re.fullmatch(r"(?:@(!?)([%\w$@]+)\s+)?([\w.:]+)\s*(.*)", text, re.S).groups()
     operands = tuple(OPERAND.findall(rest))
     return Statement(line, opcode, operands, guard or "", bool(negated), location)

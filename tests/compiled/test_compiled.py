@@ -30,6 +30,7 @@ ATTENTION = [
     (Case(q_len=140, heads=2, kv_heads=1, mask="bool_causal", causal=False, dim=128), BRAIN),
     (Case(q_len=100, heads=4, kv_heads=2, mask="bool_heads", image="scattered"), HALF),
     (Case(q_len=140, heads=2, kv_heads=1, mask="bias_few", image="first"), SINGLE),
+    (Case(q_len=130, heads=2, kv_heads=1, mask="bias", softcap=10.0), BRAIN),
     (Case(q_len=90, heads=2, kv_heads=2, dim=128, scale=-0.1, layout="bhsd"), SINGLE),
     (Case(q_len=40, heads=2, kv_heads=1, dim=96, layout="expanded", image="all"), SINGLE),
 ]

@@ -154,5 +154,7 @@ def test_lanes_part_and_meet():
 def test_what_is_not_known_is_named():
     with pytest.raises(PTXError, match=r"line 17: sin.approx.f32 %r4, %r1: not a form"):
         execute("sin.approx.f32 %r4, %r1;")
+    with pytest.raises(PTXError, match=r"line 17.*unknown is no operand"):
+        execute("add.s32 %r4, unknown, 1;")
     with pytest.raises(PTXError, match=r"line 17.*%rd1 has 8 bytes where 4 are expected"):
         execute("add.s32 %r4, %rd1, 1;")

@@ -245,6 +245,7 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
     in_ = &program_.code[pc];
     operands_ = &program_.operands[in_->operands];
     ++executed;
+    program_.reached[pc] |= 1;
     ++warp.pc;
     active_ = warp.mask;
     if (in_->guard >= 0) {
@@ -408,6 +409,7 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
           warp.copies.clear();
         }
         while (static_cast<i64>(warp.copy_groups.size()) > std::max<i64>(in_->immediate, 0)) {
+          program_.reached[pc] |= 2;
           for (const Copy& copy : warp.copy_groups.front()) {
             u8 data[16] = {};
             if (copy.valid) {
@@ -430,7 +432,10 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
         warp.multiply_groups.push_back(std::move(warp.multiplies));
         warp.multiplies.clear();
         break;
-      case WGMMA_WAIT: finish_multiplies(static_cast<size_t>(in_->immediate)); break;
+      case WGMMA_WAIT:
+        program_.reached[pc] |= warp.multiply_groups.size() > static_cast<size_t>(in_->immediate) ? 2 : 0;
+        finish_multiplies(static_cast<size_t>(in_->immediate));
+        break;
       case PROXY_FENCE: block.shared.proxy_fence(warp.index); break;
       default: arithmetic();
     }

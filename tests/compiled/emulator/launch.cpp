@@ -175,7 +175,12 @@ Program* emulator_program(const Instruction* code, u64 instructions, const i32* 
   program->constants.assign(constants, constants + constant_words);
   program->slots = slots;
   program->wgmma = wgmma != 0;
+  program->reached.resize(instructions);
   return program;
+}
+
+const u8* emulator_reached(const Program* program) {
+  return program->reached.data();
 }
 
 void emulator_free(Program* program) {

@@ -54,6 +54,7 @@ struct Program {
   std::vector<u64> constants;  // pairs: a slot, and the 64 bits to put there in every lane
   int slots;
   bool wgmma;
+  mutable std::vector<u8> reached;  // by instruction: 1, a warp came to it; + 2, a wait that had something to wait for
 };
 
 struct Group {  // lanes at one place of the program
