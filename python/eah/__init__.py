@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eah_kernels import eah_attention  # first: it holds back what torch says of a missing numpy
+from eah_kernels import __version__, eah_attention  # first: it holds back what torch says of a missing numpy
 
 # isort: split
 from collections.abc import Sequence
@@ -26,9 +26,13 @@ from eah.models import (
     query_heads,
 )
 from eah.report import LayerReport, Report, RowReport, layer_report
-from eah.swap import Settings, SwappedLayer, register
+from eah.swap import Settings, SwappedLayer, Warned, register
 
-__all__ = ["Handle", "LayerReport", "Report", "RowReport", "UnsupportedModelError", "enable"]
+__all__ = ["Handle", "LayerReport", "Report", "RowReport", "UnsupportedModelError", "__version__", "enable"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
 
 
 NEWEST_TESTED = (5, 24)  # of transformers; tests marked `seam` run on it and on the oldest that pyproject.toml allows
@@ -90,6 +94,9 @@ def enable(
         )
     if _find(model) is not None:
         raise ValueError("model is enabled already: disable() its handle first; eah.Handle.of(model) finds it")
+    shared = next((name for name, module in model.named_modules() if hasattr(module, "eah_layer")), None)
+    if shared is not None:
+        raise ValueError(f"model shares {shared} with another model that is enabled: disable() that one's handle first")
     layers = _checked_layers(layers)
     if decode not in MODES:
         raise ValueError(f"decode must be one of {', '.join(MODES)}, got {decode!r}")
@@ -104,7 +111,8 @@ def enable(
     notes = _notes(model, family, layers, tuple(module.layer_idx for module in modules), decode)
 
     register()
-    swapped = tuple(SwappedLayer(module, settings, history) for module in modules)
+    warned = Warned()
+    swapped = tuple(SwappedLayer(module, settings, history, warned) for module in modules)
     hook = EnabledModel(model, family or Family(), token_ids, swapped, notes)
     hook.attach()
     return Handle(hook)
@@ -126,24 +134,24 @@ class EnabledModel(ImageTokens):
         self.removals: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
-        hooked = [self.base]
-        if self.inner_generate:
-            hooked.append(self.inner_generate.attach())
-        if self.chunked_prefill:
-            self.chunked_prefill.attach()
-        self.removals = [module.register_forward_pre_hook(self, with_kwargs=True) for module in hooked]
-        for layer in self.layers:
-            layer.attach()
+        """All of it or, where a part of it raises, nothing."""
+        try:
+            for module in [self.base, *([self.inner_generate.inner] if self.inner_generate else [])]:
+                self.removals.append(module.register_forward_pre_hook(self, with_kwargs=True))
+            for part in self.parts():
+                part.attach()
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         for removal in self.removals:
             removal.remove()
-        if self.inner_generate:
-            self.inner_generate.detach()
-        if self.chunked_prefill:
-            self.chunked_prefill.detach()
-        for layer in self.layers:
-            layer.detach()
+        for part in self.parts():
+            part.detach()
+
+    def parts(self) -> list:
+        return [part for part in (self.inner_generate, self.chunked_prefill, *self.layers) if part is not None]
 
 
 class Handle:
@@ -151,6 +159,11 @@ class Handle:
 
     def __init__(self, enabled: EnabledModel):
         self._enabled = enabled
+
+    def __repr__(self) -> str:
+        layers = ", ".join(str(layer.index) for layer in self._enabled.layers)
+        state = "enabled" if self._enabled.layers[0].attached else "disabled"
+        return f"<eah.Handle of {type(self._enabled.base).__name__}, layers {layers}: {state}>"
 
     @classmethod
     def of(cls, model) -> Handle:

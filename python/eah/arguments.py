@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,25 @@ def what_arrived_later(layer, implementation, query, key, value, attention_mask,
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         attention_mask = _dense(attention_mask, query.device)
     return Call(key, value, None, attention_mask, False)
+
+
+def as_base_leaves_blind_rows(output: Tensor, value: Tensor, attention_mask, call: Call) -> Tensor:
+    """A row that sees no key: the kernels give 0, as boolean masks do in the base implementations.
+
+    The softmax of an additive mask, equal at all keys, gives the mean of all values, of unwritten ones too.
+    output (B, Hq, Sq, Dv); value (B, Hkv, Skv, Dv) and the mask as they arrived.
+    """
+    if not isinstance(attention_mask, Tensor) or not attention_mask.is_floating_point():
+        return output
+    if call.causal:  # the (B, S) padding mask is read in place of the one that arrived
+        if call.attention_mask is None:
+            return output
+        blind = (call.attention_mask.cumsum(-1) == 0)[:, None]
+    else:
+        highest = attention_mask.amax(-1)
+        blind = (highest > -math.inf) & (highest <= torch.finfo(attention_mask.dtype).min / 2)
+    mean = value.mean(2, dtype=torch.float32).to(output.dtype).repeat_interleave(output.shape[1] // value.shape[1], 1)
+    return torch.where(blind[..., None], mean[:, :, None], output)
 
 
 def lend(head: Tensor, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None):

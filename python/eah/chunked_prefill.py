@@ -10,25 +10,20 @@ from __future__ import annotations
 
 import inspect
 
+from eah.stand_in import StandIn
 
-class ChunkedPrefill:
-    """Stands in for `model._prefill` as an attribute of the model; copied and pickled with it."""
+
+class ChunkedPrefill(StandIn):
+    name = "_prefill"
 
     def __init__(self, model, tokens):
-        self.model = model
+        super().__init__(model)
         self.tokens = tokens  # the model's ImageTokens
 
-    def attach(self) -> None:
-        self.model._prefill = self
-
-    def detach(self) -> None:
-        del self.model._prefill
-
     def __call__(self, *args, **kwargs):
-        prefill = type(self.model)._prefill
-        arguments = inspect.signature(prefill).bind(self.model, *args, **kwargs).arguments
+        arguments = inspect.signature(type(self.model)._prefill).bind(self.model, *args, **kwargs).arguments
         size = arguments["generation_config"].prefill_chunk_size
         if size is None or arguments["input_ids"].shape[1] <= size:
-            return prefill(self.model, *args, **kwargs)
+            return self.original(*args, **kwargs)
         with self.tokens.chunked():
-            return prefill(self.model, *args, **kwargs)
+            return self.original(*args, **kwargs)

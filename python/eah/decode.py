@@ -14,11 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eah.image_tokens import cache_in
 from eah_kernels import Scoring, heads_by_row, receiving_heads, select_head, sink_statistics
 
 MODES = ("off", "hold", "track")
-CACHE = "eah_cache"  # the keyword that carries the cache to the attention function
 NO_CACHE_LAYER = "the cache has no layer object that could carry the head to later steps"
 NOT_BEGUN = "the prefill of this sequence was not seen: no head was chosen for it"
 OTHER_BATCH = "the cache carries the heads of another batch"
@@ -137,12 +135,6 @@ def _carrying(cls: type) -> type:
 
 def _blank(cls: type):
     return object.__new__(_carrying(cls))
-
-
-def give_cache(module, args, kwargs):
-    """Forward pre-hook (with kwargs) of an attention module: its function is not given the cache by transformers."""
-    cache = cache_in(kwargs)
-    return None if cache is None else (args, {**kwargs, CACHE: cache})
 
 
 def cache_layer(cache, index: int):

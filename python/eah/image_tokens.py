@@ -34,6 +34,7 @@ class Prefill(NamedTuple):
     own_mask: bool = False  # the caller passed finished attention masks (4-D, or one per layer type)
     has_cache: bool = False  # keys may be longer than S: a static cache
     by_embedding: bool = False  # image tokens were looked for among embeddings, without ids
+    without_cache: str | None = None  # why to stand aside where the model makes no cache of its own
     stand_aside: str | None = None
 
 
@@ -103,8 +104,9 @@ class ImageTokens:
         reason = UNREADABLE_CACHE if cached is None else CACHED if cached else None
         if reason is None and self.chunking and (torch.compiler.is_compiling() or get_ident() in self.chunking):
             reason = CHUNKED
+        without_cache = None
         if reason is None and mask is None and cache is None:
-            reason = _why_not_one_sequence(kwargs.get("position_ids"))
+            without_cache = _why_not_one_sequence(kwargs.get("position_ids"))
         wanted = reason is None or (reason == CACHED and self.later)
         if wanted and self.given_masks and torch.compiler.is_compiling():
             reason = UNREADABLE_MASK
@@ -119,6 +121,7 @@ class ImageTokens:
             own_mask=mask is not None and padding is None,
             has_cache=cache is not None,
             by_embedding=input_ids is None and self.position_mask is None and self.given_mask() is None,
+            without_cache=without_cache,
         )
 
     def given_mask(self) -> Tensor | None:
@@ -172,7 +175,10 @@ def _tokens_in(cache, layer: int) -> int | None:
 
 
 def _why_not_one_sequence(position_ids) -> str | None:
-    """Without mask and cache, transformers takes position_ids that do not count up as packed sequences."""
+    """Without mask and cache, transformers takes position_ids that do not count up as packed sequences.
+
+    Whether the decoder makes a cache (use_cache) is seen by its layers only.
+    """
     if position_ids is None:
         return None
     if position_ids.dim() == 3:  # Qwen2-VL: (3, B, S) never packs; (4, B, S) has the text positions first

@@ -8,29 +8,24 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import nn
+
+from eah.stand_in import StandIn
 
 
-class InnerGenerate:
-    """Stands in for `model.generate` as an attribute of the model; copied and pickled with it."""
+class InnerGenerate(StandIn):
+    """`inner`: the model whose forward is then called with less than is needed to find the image tokens."""
+
+    name = "generate"
 
     def __init__(self, model, inner: str, tokens):
-        self.model = model
-        self.inner = inner
+        super().__init__(model)
+        self.inner = model.get_submodule(inner)
         self.tokens = tokens  # the model's ImageTokens
 
-    def attach(self) -> nn.Module:
-        """Returns the inner model, whose forward is then called with less than is needed to find the image tokens."""
-        self.model.generate = self
-        return self.model.get_submodule(self.inner)
-
-    def detach(self) -> None:
-        del self.model.generate
-
     def __call__(self, *args, **kwargs):
-        generate = type(self.model).generate
-        with self.tokens.given(self._image_mask(inspect.signature(generate).bind(self.model, *args, **kwargs))):
-            return generate(self.model, *args, **kwargs)
+        signature = inspect.signature(type(self.model).generate)
+        with self.tokens.given(self._image_mask(signature.bind(self.model, *args, **kwargs))):
+            return self.original(*args, **kwargs)
 
     def _image_mask(self, bound: inspect.BoundArguments) -> torch.Tensor:
         arguments = bound.arguments

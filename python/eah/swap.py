@@ -8,6 +8,7 @@ layers. Where EAH does not apply, the layer's own implementation runs on exactly
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import deque
 from typing import NamedTuple
 
@@ -18,15 +19,17 @@ from eah import decode
 from eah.arguments import (
     FLASH,
     HANDLED,
+    as_base_leaves_blind_rows,
     as_under_autocast,
     lend,
     mask_is_known,
+    plain_causal,
     rules_of,
     scoring_of,
     what_arrived,
     what_arrived_later,
 )
-from eah.image_tokens import CACHED, CONTINUOUS, PREFILL, Prefill
+from eah.image_tokens import CACHED, CONTINUOUS, PREFILL, Prefill, cache_in
 from eah.models import attention_namespace, query_heads
 from eah.parallel import head_block, lend_across, of_all_heads, of_own_heads
 from eah.report import Record
@@ -40,6 +43,8 @@ from eah_kernels import (
 )
 
 NAME = "eah"
+CACHE = "eah_cache"  # the keywords that carry what transformers does not hand on to the attention function
+MAPS = "eah_output_attentions"
 
 NO_IMAGE_MASK = "no image mask reached the layer: the forward did not go through the enabled model's base model"
 DROPOUT = "attention dropout is active"
@@ -72,15 +77,24 @@ class Settings(NamedTuple):
     tested: bool  # the model is of a known family
 
 
-class SwappedLayer:
-    """One attention module while EAH acts in it. `record` and `history` are the only things that a forward changes."""
+class Warned:
+    """Shared by the layers of an enabled model: whether it was said that one of them never acted."""
 
-    def __init__(self, module: nn.Module, settings: Settings, history: int):
+    said = False
+
+
+class SwappedLayer:
+    """One attention module while EAH acts in it. A forward changes `record`, `history` and the flags, nothing else."""
+
+    def __init__(self, module: nn.Module, settings: Settings, history: int, warned: Warned):
         self.module = module
         self.index = module.layer_idx
         self.heads = query_heads(module)
         self.settings = settings
         self.config = module.config
+        self.removal: torch.utils.hooks.RemovableHandle | None = None
+        self.acted = False
+        self.warned = warned
         self.record: Record | None = None
         self.history: deque[Record] | None = deque(maxlen=history) if history else None
 
@@ -103,20 +117,26 @@ class SwappedLayer:
         config._attn_implementation_internal = NAME  # the public setter would also change the config's sub-configs
         self.module.config = config
         self.module.eah_layer = self
-        if self.settings.decode != "off":
-            self.removal = self.module.register_forward_pre_hook(decode.give_cache, with_kwargs=True)
+        self.removal = self.module.register_forward_pre_hook(hand_on, with_kwargs=True)
 
     def detach(self) -> None:
-        if self.settings.decode != "off":
+        """Also after an attach() that failed half way, or was not begun."""
+        if self.removal is not None:
             self.removal.remove()
         self.module.config = self.config
-        del self.module.eah_layer
+        vars(self.module).pop("eah_layer", None)
 
 
 def _append(history: deque[Record], record: Record, instead_of_last: bool) -> None:
     if instead_of_last and history:
         history.pop()
     history.append(record)
+
+
+def hand_on(module, args, kwargs):
+    """Forward pre-hook (with kwargs) of an attention module: what some or all of them keep from their function."""
+    more = {CACHE: cache_in(kwargs), MAPS: kwargs.get("output_attentions")}
+    return args, {**kwargs, **{name: value for name, value in more.items() if value is not None}}
 
 
 class ModuleView:
@@ -147,8 +167,11 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     if layer is None:
         raise RuntimeError('the attention implementation "eah" is set by eah.enable(model), not by name')
     prefill = kwargs.pop(PREFILL, None) or Prefill(stand_aside=NO_IMAGE_MASK)
-    held = decode.cache_layer(kwargs.pop(decode.CACHE, None), layer.index)
+    cache, maps = kwargs.pop(CACHE, None), kwargs.pop(MAPS, None)
+    held = None if layer.settings.decode == "off" else decode.cache_layer(cache, layer.index)
     implementation = layer.config._attn_implementation
+    if maps is not None and implementation == "eager":
+        kwargs["output_attentions"] = maps
     namespace = attention_namespace(type(module))
     functions = namespace["ALL_ATTENTION_FUNCTIONS"]
     base = functions.get_interface(implementation, namespace["eager_attention_forward"])
@@ -160,6 +183,9 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
         return _later(layer, held, base, view, implementation, *arguments, prefill, kwargs)
 
     reason = why_not(layer, implementation, query, key, attention_mask, prefill, kwargs)
+    one_sequence = attention_mask is None or plain_causal(layer.config, kwargs)  # of a mask made with the cache
+    if reason is None and (cache is None or implementation in FLASH or not one_sequence):
+        reason = prefill.without_cache
     if reason is not None:
         _stand_aside(layer, reason)
         decode.carry(held, None, why_none=reason)
@@ -194,11 +220,12 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs):
     complete = held.complete if tracks else None
     seen = sight_of(call)
     layer.remember(Record(head, counts, call.image_mask, seen, complete=complete, by_embedding=prefill.by_embedding))
+    layer.acted = True
     if not fused:
         return _lent(base, view, arguments, kwargs, head, receives, block)
     if tracks:
         output = shared_map_attention(q, k, v, head, receives=receives, **rules)
-    return output.transpose(1, 2), None
+    return as_base_leaves_blind_rows(output, value, attention_mask, call).transpose(1, 2), None
 
 
 def _later(layer, held, base, view, implementation, query, key, value, attention_mask, prefill: Prefill, kwargs):
@@ -294,6 +321,15 @@ def _stand_aside(layer: SwappedLayer, reason: str, afterwards: bool = False) -> 
     last = layer.record
     if not afterwards or last is None:
         layer.remember(Record(stood_aside=reason))
+        # Not while compiling: it would break the graph and guard the flags. Prefills of generate() are not compiled.
+        if not torch.compiler.is_compiling() and not layer.acted and not layer.warned.said:
+            layer.warned.said = True
+            warnings.warn(
+                f"EAH stood aside in layer {layer.index}, which kept its ordinary attention: {reason}. This is "
+                "said once; handle.report() tells of every prefill.",
+                UserWarning,
+                stacklevel=2,
+            )
     elif last.afterwards != reason and (last.stood_aside is None or reason == CACHED):  # the prefill stays on record
         layer.remember(last._replace(afterwards=reason), instead_of_last=True)
 
