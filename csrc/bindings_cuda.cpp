@@ -11,7 +11,7 @@
 
 #include "cuda/attention.h"
 
-// The tests' build for the emulator has another name, and takes CPU tensors.
+// The build of tests/compiled has another name, and takes CPU tensors.
 #ifndef EAH_OPS
 #define EAH_OPS eah_kernels_cuda
 #define EAH_DISPATCH_KEY CUDA

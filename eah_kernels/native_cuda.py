@@ -1,7 +1,7 @@
 """backend="native" on a CUDA device: the kernels of csrc/cuda/, and what they take.
 
 `eah_attention` is one launch for prompts of up to 1024 tokens, `shared_map_attention` one for a decoding step (one
-query row). For sm_80 and up; checked by an emulation on the CPU (tests/test_cuda_emulated.py), not yet run on a GPU.
+query row). For sm_80 and up; its compiled PTX is executed on the CPU (tests/compiled), it was not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_TOKENS = 1024  # csrc/cuda/attention.h, MAX_PREFILL
 MAX_BATCH = 128  # the same file
 HEAD_DIMS = (64, 128)
 HALF = (torch.float16, torch.bfloat16)
-OPS = torch.ops.eah_kernels_cuda  # registered by eah_kernels._cuda; the tests put an emulation's here
+OPS = torch.ops.eah_kernels_cuda  # registered by eah_kernels._cuda; the tests put a stand-in here
 
 
 def why_not() -> str | None:

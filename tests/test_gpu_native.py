@@ -1,4 +1,4 @@
-"""The native CUDA kernels on a GPU: what test_cuda_emulated.py shows by emulation, and graphs, streams, addresses."""
+"""The native CUDA kernels on a GPU: what tests/compiled shows on the CPU, and graphs, streams, addresses."""
 
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ import torch
 from eah_kernels import eah_attention, native_cuda, reference, shared_map_attention
 from eah_kernels.backends import choose_backend
 from support import Case, assert_close, exact, make, run
-from test_cuda_emulated import DECODE, HALF, PREFILL
 from test_gpu import FAR, FAR_ELEMENTS
+from test_native_cuda import DECODE, HALF, PREFILL
 
 pytestmark = [
     pytest.mark.gpu,

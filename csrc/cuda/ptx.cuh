@@ -1,5 +1,4 @@
 // What the kernels ask of the GPU beyond C++: PTX instructions (sm_80 and up), the grid barrier and the launch.
-// tests/cuda_emulator/ptx.cuh stands in for this file where there is no GPU.
 #pragma once
 
 #include <cooperative_groups.h>

@@ -27,6 +27,7 @@ class _Launch(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in ("grid", "threads", "resident")],
         ("seed", ctypes.c_uint32),
+        *[(name, ctypes.c_int32) for name in ("unfenced", "unused")],
         *[(name, ctypes.c_uint64) for name in ("shared_bytes", "param_bytes", "ranges")],
         ("params", ctypes.c_char_p),
         ("range", ctypes.c_void_p),
@@ -81,14 +82,16 @@ class Executable:
     def __del__(self):
         library().emulator_free(self.handle)
 
-    def launch(self, grid, params: bytes, shared_bytes, ranges, *, seed=0, resident=0, limit=LIMIT, barrier=0) -> int:
+    def launch(
+        self, grid, params: bytes, shared_bytes, ranges, *, seed=0, resident=0, unfenced=0, limit=LIMIT, barrier=0
+    ) -> int:
         """Runs it; ranges as `element_ranges` makes them. Returns the instructions executed. Raises Fault."""
         table = (ctypes.c_uint64 * (3 * len(ranges)))()
         for i, (begin, belongs) in enumerate(ranges):
             table[3 * i : 3 * i + 3] = [begin, len(belongs), belongs.ctypes.data]
         program = self.program
         launch = _Launch(
-            grid, program.kernel.threads, resident, seed, shared_bytes, len(params), len(ranges), params,
+            grid, program.kernel.threads, resident, seed, unfenced, 0, shared_bytes, len(params), len(ranges), params,
             ctypes.addressof(table), limit, program.special.ctypes.data, barrier,
         )  # fmt: skip
         error, at = ctypes.create_string_buffer(512), ctypes.c_int32(-1)

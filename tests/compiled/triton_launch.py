@@ -102,6 +102,7 @@ class Driver:
         return launch
 
 
+UNFENCED = triton.__version__ < "3.7.1"  # these put no proxy fence behind asynchronous copies: README.md
 DRIVERS: dict[str, Driver] = {}  # Triton keeps what it compiled for a device, and with it the driver
 
 
@@ -114,7 +115,7 @@ def compiled(target: str, *, seed: int = 0, observe: Callable[[Launched], None] 
     if os.environ.get("TRITON_INTERPRET") != "0":
         raise RuntimeError("Triton's interpreter would run the kernels; start the process with TRITON_INTERPRET=0")
     driver = DRIVERS.setdefault(target, Driver(target, {}, None))
-    driver.options, driver.observe = dict(seed=seed), observe
+    driver.options, driver.observe = dict(seed=seed, unfenced=UNFENCED), observe
     with (
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder() / "triton")),  # what it keeps has no machine code
         mock.patch.object(CUDABackend, "make_cubin", lambda self, source, *rest: source.encode()),

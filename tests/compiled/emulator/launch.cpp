@@ -16,6 +16,7 @@ struct Launch {  // as ../emulator.py lays it out
   i32 grid, threads;
   i32 resident;  // blocks that are there at once; 0: as the seed says
   u32 seed;
+  i32 unfenced, unused;  // whether wgmma may read what no proxy fence follows
   u64 shared_bytes, param_bytes, ranges;
   const u8* params;
   const Range* range;
@@ -93,7 +94,7 @@ class Scheduler {
  private:
   void add(int index) {
     const int warps = (launch_.threads + LANES - 1) / LANES;
-    blocks_.push_back(std::make_unique<Block>(index, launch_.shared_bytes, warps));
+    blocks_.push_back(std::make_unique<Block>(index, launch_.shared_bytes, warps, launch_.unfenced != 0));
     for (int i = 0; i < warps; ++i) {
       start(program_, launch_, *blocks_.back(), i);
     }

@@ -115,7 +115,8 @@ struct Block {
   u32 tick = 1;
   i64 barrier = 0;  // the tick at the last one
 
-  Block(int index, size_t shared_bytes, int warps) : index(index), shared(shared_bytes, warps), warps(warps) {}
+  Block(int index, size_t shared_bytes, int warps, bool unfenced)
+      : index(index), shared(shared_bytes, warps, unfenced), warps(warps) {}
 
   bool done() const {
     for (const Warp& warp : warps) {
