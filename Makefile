@@ -40,7 +40,7 @@ resources: $(INSTALLED)
 	TRITON_INTERPRET=0 $(VENV)/bin/python bench/resources.py $(if $(ALL),--all)
 	$(VENV)/bin/python bench/cuda_resources.py
 
-# Into build/bench; with PUBLISH=1 also into bench/results and README.md, unless the machine is busy.
+# Into build/bench; with PUBLISH=1 also into bench/results and docs/results.md, unless the machine is busy.
 bench: $(INSTALLED)
 	$(VENV)/bin/python bench/measure.py $(if $(PUBLISH),--publish)
 

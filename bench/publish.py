@@ -1,4 +1,4 @@
-"""Put measured results into the repository: bench/results/, its history, and the tables in README.md.
+"""Put measured results into the repository: bench/results/, its history, and the tables in docs/results.md.
 
     python bench/publish.py FOLDER ...     results of one machine and commit; several folders are parts of one run
 
@@ -97,10 +97,10 @@ def publish(folders: list[Path], root: Path = ROOT) -> Path:
     (folder / "attention.md").write_text(report.tables(folder, essential=False) + "\n")
     report.chart(folder)
     add_to_history(found["attention.json"], folder.name, root / "bench/results/history.csv")
-    readme = root / "README.md"
-    before, rest = readme.read_text().split(MARKS[0])
+    page = root / "docs/results.md"
+    before, rest = page.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    readme.write_text(f"{before}{MARKS[0]}\n{report.readme_results(root)}\n{MARKS[1]}{after}")
+    page.write_text(f"{before}{MARKS[0]}\n{report.all_results(root)}\n{MARKS[1]}{after}")
     return folder
 
 

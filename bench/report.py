@@ -20,7 +20,7 @@ def published(root: Path = ROOT) -> list[Path]:
 
 def heading(results: dict, file: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
-    where = "/".join(file.parts[-4:]) if file.parts[-4:-2] == ("bench", "results") else file.name
+    where = "/".join(("..", *file.parts[-4:])) if file.parts[-4:-2] == ("bench", "results") else file.name
     commit = f"commit {results['commit'][:12]}; " if "commit" in results else ""
     return f"Measured: {results['device']}; {versions}; {commit}`{results['command']}`; [{file.name}]({where})"
 
@@ -100,13 +100,13 @@ def tables(folder: Path, essential: bool) -> str:
     return "\n\n".join(table(folder / name) for name, table in found.items() if (folder / name).exists())
 
 
-def readme_results(root: Path = ROOT) -> str:
-    """What stands between the marks in README.md."""
+def all_results(root: Path = ROOT) -> str:
+    """What stands between the marks in docs/results.md."""
     return "\n\n".join(tables(folder, essential=True) for folder in published(root))
 
 
 def chart(folder: Path) -> Path:
-    """Medians over plain SDPA, a bar a contestant and layer, losing ones included."""
+    """Medians over plain SDPA's: a panel a layer, a group of bars a dtype, losing ones included."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,16 +114,40 @@ def chart(folder: Path) -> Path:
 
     results = json.loads((folder / "attention.json").read_text())
     rows = [row for row in results["rows"] if row.get("ratio_to_sdpa") and row["computes"] in ESSENTIAL]
-    labels = [f"{row['layer']}, {row['dtype']}: {row['contestant']}" for row in rows]
-    canvas, axes = plt.subplots(figsize=(11, 0.24 * len(rows) + 1.5), layout="constrained")
-    colour = {"SDPA": "lightgrey", "Flex": "lightgrey", "eager": "tab:orange", "EAH": "tab:blue"}
-    colours = [next(c for name, c in colour.items() if row["contestant"].startswith(name)) for row in rows]
-    axes.barh(labels, [row["ratio_to_sdpa"] for row in rows], color=colours)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel(f"time over plain SDPA (log scale; lower is better); {results['device']}")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    baseline = next(name for name in names if name.startswith("SDPA"))
+    names = [name for name in names if name != baseline]
+    colours = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    across = min(4, len(layers))
+    down = -(-len(layers) // across)
+    canvas, panels = plt.subplots(
+        down, across, figsize=(3 * across, 2.3 * down + 0.9), squeeze=False, layout="constrained"
+    )
+    for panel in panels.flat[len(layers) :]:
+        panel.axis("off")
+    for panel, layer in zip(panels.flat, layers, strict=False):
+        of_layer = {(row["dtype"], row["contestant"]): row for row in rows if row["layer"] == layer}
+        dtypes = list(dict.fromkeys(dtype for dtype, _ in of_layer))
+        there = [name for name in names if any((dtype, name) in of_layer for dtype in dtypes)]
+        width = 0.8 / max(1, len(there))
+        for group, dtype in enumerate(dtypes):
+            for place, name in enumerate(there):
+                row = of_layer.get((dtype, name))
+                if row is not None:
+                    x, ratio = group + (place - (len(there) - 1) / 2) * width, row["ratio_to_sdpa"]
+                    panel.bar(x, ratio, 0.9 * width, color=colours[name])
+                    panel.annotate(f"{ratio:.2f}", (x, ratio), ha="center", va="bottom", fontsize=7)
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_xticks(range(len(dtypes)), dtypes, fontsize=8)
+        panel.tick_params(axis="y", labelsize=7)
+        panel.margins(y=0.15)
+        panel.spines[["top", "right"]].set_visible(False)
+        what, _, shape = layer.partition(": ")
+        panel.set_title(f"{what}\n{shape}", fontsize=8)
+    bars = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    canvas.legend(bars, names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
+    canvas.suptitle(f"time over plain SDPA's (the line; lower is better); {results['device']}", fontsize=10)
     file = folder / "attention.png"
     canvas.savefig(file, dpi=110)
     plt.close(canvas)

@@ -77,9 +77,9 @@ def test_results_say_where_they_come_from(file):
     assert len(results["commit"]) == 40, "measured with uncommitted changes"
 
 
-def test_the_tables_in_the_readme_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text().split(publish.MARKS[0])[1].split(publish.MARKS[1])[0]
-    assert text.strip() == report.readme_results().strip()
+def test_the_tables_in_the_docs_are_those_of_the_results():
+    text = (ROOT / "docs/results.md").read_text().split(publish.MARKS[0])[1].split(publish.MARKS[1])[0]
+    assert text.strip() == report.all_results().strip()
 
 
 def test_the_history_has_the_published_results():
@@ -111,8 +111,8 @@ def run_of(folder, **changes):
 @pytest.fixture
 def repository(tmp_path):
     root = tmp_path / "repository"
-    root.mkdir()
-    (root / "README.md").write_text(f"before\n{publish.MARKS[0]}\nold\n{publish.MARKS[1]}\nafter\n")
+    (root / "docs").mkdir(parents=True)
+    (root / "docs/results.md").write_text(f"before\n{publish.MARKS[0]}\nold\n{publish.MARKS[1]}\nafter\n")
     return root
 
 
@@ -120,9 +120,9 @@ def test_publishing(repository, tmp_path):
     pytest.importorskip("matplotlib")
     folder = publish.publish([run_of(tmp_path / "one")], repository)
     assert folder == repository / "bench/results/a-cpu-2-threads"
-    readme = (repository / "README.md").read_text()
-    assert "bench/results/a-cpu-2-threads/attention.json" in readme and "old" not in readme
-    assert readme.startswith("before\n") and readme.endswith("after\n")
+    page = (repository / "docs/results.md").read_text()
+    assert "../bench/results/a-cpu-2-threads/attention.json" in page and "old" not in page
+    assert page.startswith("before\n") and page.endswith("after\n")
     assert publish.publish([run_of(tmp_path / "two", date="2026-01-02")], repository) == folder
     history = list(csv.reader((repository / "bench/results/history.csv").open()))
     assert [line[0] for line in history] == ["date", "2026-01-01", "2026-01-02"]
@@ -157,7 +157,7 @@ def test_parts_of_one_run_are_published_together(repository, tmp_path):
 def test_what_is_not_published(repository, tmp_path, changes, why):
     with pytest.raises(publish.Refused, match=why):
         publish.publish([run_of(tmp_path / "one", **changes)], repository)
-    assert [path.name for path in repository.rglob("*")] == ["README.md"]
+    assert [path.name for path in repository.rglob("*") if path.is_file()] == ["results.md"]
 
 
 def test_a_busy_machine_is_refused_before_the_run(monkeypatch, capsys, tmp_path):

@@ -268,7 +268,7 @@ def test_a_traceback_is_shown_on_request(capsys, saved_model):
 def test_models_in_markdown_is_the_table_in_the_readme(capsys):
     status, out, _ = run(capsys, "models", "--markdown")
     assert status == 0 and "| llava | works | 1 |" in out
-    text = (ROOT / "README.md").read_text().split("<!-- models: made by eah models -->")[1]
+    text = (ROOT / "docs/models.md").read_text().split("<!-- models: made by eah models -->")[1]
     assert text.split("<!-- end of models -->")[0].strip() == out.strip()
 
 

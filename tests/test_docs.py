@@ -51,6 +51,10 @@ def test_links_inside_the_repository_lead_somewhere(page):
             assert section in map(anchor, re.findall(r"^#+ (.+)$", there.read_text(), re.M)), target
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
 EXAMPLES = {"swap.py": "new tokens: [", "one_layer.py": "largest difference", "look.py": "lends its map"}
 
 

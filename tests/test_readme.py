@@ -1,4 +1,4 @@
-"""What README.md shows is so: its Python runs, and its errors are those that are printed."""
+"""What README.md and docs/ show is so: their Python runs, and their errors are those that are printed."""
 
 import re
 import sys
@@ -17,11 +17,14 @@ import eah
 from eah import cli, demo
 from eah_kernels import eah_attention, native
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README, USAGE, TROUBLESHOOTING = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/usage.md", "docs/troubleshooting.md")
+)
 [REAL_MODEL] = re.findall(r"```python\n(import torch.+?)```", README, re.S)
-[HANDLE] = re.findall(r"```python\n(handle = .+?)```", README, re.S)
-[ONE_LAYER] = re.findall(r"```python\n(from eah_kernels .+?)```", README, re.S)
-ERRORS = README.split("<!-- errors -->")[1].split("<!-- end of errors -->")[0]
+[HANDLE] = re.findall(r"```python\n(handle = .+?)```", USAGE, re.S)
+[ONE_LAYER] = re.findall(r"```python\n(from eah_kernels .+?)```", USAGE, re.S)
+ERRORS = TROUBLESHOOTING.split("<!-- errors -->")[1].split("<!-- end of errors -->")[0]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_the_code_for_the_kernels():
 
 
 def printed_errors(llava, monkeypatch, capsys):
-    """Makes the mistakes of the README's table; gives what each one prints, in the table's order."""
+    """Makes the mistakes of docs/troubleshooting.md; gives what each one prints, in the table's order."""
     _, model = llava
     query, key, value, image_mask = demo.layer_inputs("cpu", torch.float32, 60, 4)
 

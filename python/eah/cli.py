@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     two.set_defaults(run=_generate)
 
     three = commands.add_parser("models", help="the model families that are known")
-    three.add_argument("--markdown", action="store_true", help="print the table in Markdown, as in README.md")
+    three.add_argument("--markdown", action="store_true", help="print the table in Markdown, as in docs/models.md")
     three.set_defaults(run=_models)
 
     four = commands.add_parser("doctor", help="versions, devices, what works here and why the rest does not")
@@ -152,7 +152,7 @@ MODELS_HEADER = ("family", "status", "first usable layer from 1 on", "notes")
 
 
 def models_table() -> str:
-    """The families as a Markdown table; README.md holds the same text."""
+    """The families as a Markdown table; docs/models.md holds the same text."""
     lines = [f"| {' | '.join(MODELS_HEADER)} |", "|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in family_table())])
 
