@@ -39,7 +39,7 @@ def unfenced_reads(ptx: str) -> dict[int, int]:
             labels.setdefault(match[1], []).append(number)
     before: dict[int, Writes] = {0: Writes()}
     found: dict[int, int] = {}
-    waiting = [0]
+    waiting = [0] if lines else []  # AMD builds have no PTX
     while waiting:
         number = waiting.pop()
         state, following = _step(lines[number], number, before[number], labels, found)

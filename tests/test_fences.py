@@ -34,3 +34,7 @@ COPY, STORE = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10;", "@%p
 )
 def test_unfenced_reads(lines, found):
     assert unfenced_reads("\n".join(lines)) == found
+
+
+def test_a_build_without_ptx_has_no_such_reads():
+    assert unfenced_reads("") == {}
