@@ -51,6 +51,20 @@ def test_links_inside_the_repository_lead_somewhere(page):
             assert section in map(anchor, re.findall(r"^#+ (.+)$", there.read_text(), re.M)), target
 
 
+def test_the_tree_of_the_architecture_has_every_file_of_the_packages():
+    listed, folders = set(), []
+    tree = (ROOT / "docs/architecture.md").read_text().split("```")[1]
+    for line in filter(None, map(str.rstrip, tree.splitlines())):
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [name] if name.endswith("/") else []
+        path = "".join(folders) + ("" if name.endswith("/") else name)
+        assert (ROOT / path).exists(), path
+        listed.add(path)
+    there = [path for folder in ("eah_kernels", "python") for path in (ROOT / folder).rglob("*.py")]
+    there = {path.relative_to(ROOT).as_posix() for path in there if "egg-info" not in str(path)}
+    assert there <= listed, there - listed
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
