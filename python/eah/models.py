@@ -53,7 +53,7 @@ FAMILIES = {
     "ernie4_5_vl_moe": Family(video=True),
     "exaone4_5": Family(video=True),
     "fast_vlm": Family(),
-    "fuyu": Family(),
+    "fuyu": Family(notes="stands aside on transformers 5.3, whose forward passes nothing on to the layers"),
     "gemma3": Family(notes="image tokens see each other"),
     "gemma3n": Family(),
     "gemma4": Family(video=True, notes="image tokens see each other"),
