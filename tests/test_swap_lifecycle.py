@@ -197,6 +197,29 @@ def test_history_keeps_the_last_prefills():
         assert handle.history == ()
 
 
+@pytest.mark.parametrize("history", [1, 4])
+def test_a_prefill_that_is_interrupted_between_layers(history):
+    """The history stays readable and never shows layers of different prefills as one."""
+    model, reports = build("llava", layers=(0, 1)), []
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with eah.enable(model, layers=(1, 0), threshold=0.0, history=history) as handle:
+        logits(model, **prompt("llava", ["abIcd"]))
+        reports.append(handle.report())
+        hook = attention_of(model, 1).register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, **prompt("llava", ["kIx", "abIcIef"]))
+        hook.remove()
+        cut = handle.history[-1]
+        assert [len(layer.rows) for layer in cut.layers] == [0, 2]
+        assert len(handle.history) == min(history, 2) and handle.history[:-1] == tuple(reports[: history - 1])
+        logits(model, **prompt("llava", ["abcde"]))
+        reports.append(handle.report())
+        assert handle.history == (reports[0], cut, reports[1])[-history:]
+
+
 @pytest.mark.parametrize(
     "argument, value, error, message",
     [

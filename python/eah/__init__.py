@@ -26,7 +26,7 @@ from eah.models import (
     query_heads,
 )
 from eah.report import LayerReport, Report, RowReport, layer_report
-from eah.swap import Settings, SwappedLayer, Warned, register
+from eah.swap import History, Settings, SwappedLayer, Warned, register
 
 __all__ = ["Handle", "LayerReport", "Report", "RowReport", "UnsupportedModelError", "__version__", "enable"]
 
@@ -111,8 +111,8 @@ def enable(
     notes = _notes(model, family, layers, tuple(module.layer_idx for module in modules), decode)
 
     register()
-    warned = Warned()
-    swapped = tuple(SwappedLayer(module, settings, history, warned) for module in modules)
+    kept, warned = History(history) if history else None, Warned()
+    swapped = tuple(SwappedLayer(module, settings, kept, warned) for module in modules)
     hook = EnabledModel(model, family or Family(), token_ids, swapped, notes)
     hook.attach()
     return Handle(hook)
@@ -183,9 +183,13 @@ class Handle:
 
     @property
     def history(self) -> tuple[Report, ...]:
-        """The reports of the last prefills, oldest first, as many as `enable(history=...)` asked for."""
-        kept = [layer.history or () for layer in self._enabled.layers]
-        return tuple(self._report(records) for records in zip(*kept, strict=True))
+        """The reports of the last prefills, oldest first, as many as `enable(history=...)` asked for.
+
+        A layer that an interrupted prefill did not reach has no rows there.
+        """
+        layers = self._enabled.layers
+        prefills = layers[0].history.prefills if layers[0].history else ()
+        return tuple(self._report([records.get(layer.index) for layer in layers]) for records in prefills)
 
     def _report(self, records) -> Report:
         layers = zip(self._enabled.layers, records, strict=True)

@@ -83,10 +83,25 @@ class Warned:
     said = False
 
 
+class History:
+    """The last prefills, oldest first: of each the records of the layers that it reached. Shared by the layers."""
+
+    def __init__(self, length: int):
+        self.prefills: deque[dict[int, Record]] = deque(maxlen=length)
+
+    def remember(self, layer: int, record: Record, instead_of_last: bool) -> None:
+        newest = next((prefill for prefill in reversed(self.prefills) if layer in prefill), None)
+        if newest is None or not instead_of_last:
+            if not self.prefills or layer in self.prefills[-1]:
+                self.prefills.append({})
+            newest = self.prefills[-1]
+        newest[layer] = record
+
+
 class SwappedLayer:
     """One attention module while EAH acts in it. A forward changes `record`, `history` and the flags, nothing else."""
 
-    def __init__(self, module: nn.Module, settings: Settings, history: int, warned: Warned):
+    def __init__(self, module: nn.Module, settings: Settings, history: History | None, warned: Warned):
         self.module = module
         self.index = module.layer_idx
         self.heads = query_heads(module)
@@ -96,7 +111,7 @@ class SwappedLayer:
         self.acted = False
         self.warned = warned
         self.record: Record | None = None
-        self.history: deque[Record] | None = deque(maxlen=history) if history else None
+        self.history = history
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -110,7 +125,7 @@ class SwappedLayer:
         self.record = record
         if self.history is not None:
             # Not traced: a compiled forward would be compiled anew whenever the history grows.
-            torch.compiler.disable(_append)(self.history, record, instead_of_last)
+            torch.compiler.disable(self.history.remember)(self.index, record, instead_of_last)
 
     def attach(self) -> None:
         config = copy.copy(self.config)
@@ -125,12 +140,6 @@ class SwappedLayer:
             self.removal.remove()
         self.module.config = self.config
         vars(self.module).pop("eah_layer", None)
-
-
-def _append(history: deque[Record], record: Record, instead_of_last: bool) -> None:
-    if instead_of_last and history:
-        history.pop()
-    history.append(record)
 
 
 def hand_on(module, args, kwargs):
