@@ -13,9 +13,16 @@ PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PARALLEL)
 
-# The PTX that Triton compiles, executed on the CPU: tests/compiled/README.md.
-compiled: $(INSTALLED)
-	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 ALL=$(ALL) $(VENV)/bin/python -m pytest $(PARALLEL) tests/compiled
+# The PTX that Triton and nvcc compile, executed on the CPU: tests/compiled/README.md. ALL=1: every case; TRITON=3.6.0:
+# that version, laid over the environment; MUTANTS=all, or a number: then planted faults too.
+COMPILED = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 PYTHONPATH=$(if $(TRITON),$(VENV)/triton-$(TRITON):)tests
+compiled: $(INSTALLED) $(if $(TRITON),$(VENV)/triton-$(TRITON)/installed)
+	$(COMPILED) ALL=$(ALL) $(VENV)/bin/python -m pytest $(PARALLEL) tests/compiled
+	$(if $(MUTANTS),$(COMPILED) $(VENV)/bin/python tests/compiled/mutants.py --sample $(MUTANTS:all=0))
+$(VENV)/triton-%/installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install -q --no-deps --target $(@D) triton==$*
+	touch $@
 
 # The tests of the swap on other versions of transformers, each laid over the environment from tests/NAME.txt.
 VERSIONS := $(patsubst tests/%.txt,%,$(wildcard tests/transformers-*.txt))
