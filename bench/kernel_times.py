@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 
 from contestants import SDPA, sdpa
+from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.ops import empty_output
 from eah_kernels.triton import attend, decode, lse, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem

@@ -34,8 +34,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.ops import empty_output
 from eah_kernels.triton import attend, decode, lse, pack, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.configs import HEAD_DIMS, TILES

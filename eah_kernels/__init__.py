@@ -7,7 +7,6 @@ with warnings.catch_warnings():  # without numpy torch warns when it is imported
     import torch  # noqa: F401
 
 from eah_kernels.api import (
-    MAX_HEAD_DIM,
     EAHResult,
     SinkStatistics,
     eah_attention,
@@ -17,11 +16,14 @@ from eah_kernels.api import (
     shared_map_attention,
     sink_statistics,
 )
+from eah_kernels.backends import BACKENDS
 from eah_kernels.by_row import HeadsByRow, heads_by_row
+from eah_kernels.checks import MAX_HEAD_DIM
 from eah_kernels.masks import Scoring
 from eah_kernels.native import native_parts
 
 __all__ = [
+    "BACKENDS",
     "MAX_HEAD_DIM",
     "EAHResult",
     "HeadsByRow",

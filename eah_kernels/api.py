@@ -1,4 +1,4 @@
-"""The public functions: shapes and checks of the arguments.
+"""The public functions: they check their arguments (checks.py) and hand them to a backend.
 
 Nothing here reads a value on the device: checks look at shapes, dtypes, devices and Python numbers only.
 """
@@ -11,12 +11,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eah_kernels import ops, reference
+from eah_kernels import ops, reference, selection
 from eah_kernels.backends import choose_backend
+from eah_kernels.checks import (
+    check_counts,
+    check_fraction,
+    check_head,
+    check_image_mask,
+    check_scoring,
+    check_value,
+    describe,
+    receivers,
+    require_tensors,
+)
+from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_HEAD_DIM = 256
 
 
 class EAHResult(NamedTuple):
@@ -92,25 +101,25 @@ def eah_attention(
             names the argument and says why.
         RuntimeError: an input requires grad under grad mode and the backend is not "reference".
     """
-    scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
-    _check_value(query, key, value)
-    _check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
-    _check_fraction("threshold", threshold, math.inf)
-    _check_fraction("min_density", min_density, 1.0)
-    number = _receivers(broadcast_to, query.shape[1])
+    scoring = check_scoring(query, key, attention_mask, causal, scale, sliding_window, softcap)
+    check_value(query, key, value)
+    check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
+    check_fraction("threshold", threshold, math.inf)
+    check_fraction("min_density", min_density, 1.0)
+    number = receivers(broadcast_to, query.shape[1])
     backend = choose_backend(backend, query)
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         counts = query.new_zeros(query.shape[:2], dtype=torch.int32)
-        return EAHResult(ops.empty_output(query, value).zero_(), counts.new_full(query.shape[:1], -1), counts)
+        return EAHResult(empty_output(query, value).zero_(), counts.new_full(query.shape[:1], -1), counts)
     arguments = query, key, value, image_mask, threshold, min_density
-    with _exact(query):
+    with exact(query):
         if backend == "reference":
             return EAHResult(*reference.eah_attention(*arguments, scoring, _reference_dtype(query), number))
         if number is None:
             return EAHResult(*ops.eah_attention(*arguments, *scoring, backend))
         sink_counts, _, _ = ops.sink_statistics(query, key, image_mask, threshold, False, *scoring, backend)
-        head = reference.select_head(sink_counts, image_mask, min_density)
-        receives = reference.receiving_heads(sink_counts, head, number)
+        head = selection.select_head(sink_counts, image_mask, min_density)
+        receives = selection.receiving_heads(sink_counts, head, number)
         return EAHResult(_lend(query, key, value, head, receives, scoring, backend), head, sink_counts)
 
 
@@ -135,9 +144,9 @@ def sink_statistics(
         exponentials, -inf for a row that sees no key; column_mean (B, Hq, Skv) float32, the mean attention c_h[j] of
         each image-token key, 0 elsewhere, or None unless `return_column_mean`.
     """
-    scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
-    _check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
-    _check_fraction("threshold", threshold, math.inf)
+    scoring = check_scoring(query, key, attention_mask, causal, scale, sliding_window, softcap)
+    check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
+    check_fraction("threshold", threshold, math.inf)
     backend = choose_backend(backend, query)
     batch, heads, q_len, _ = query.shape
     if query.numel() == 0 or key.shape[2] == 0:
@@ -146,7 +155,7 @@ def sink_statistics(
         mean = query.new_zeros(batch, heads, key.shape[2], dtype=torch.float32)
     else:
         arguments = query, key, image_mask, threshold
-        with _exact(query):
+        with exact(query):
             if backend == "reference":
                 counts, lse, mean = reference.sink_statistics(*arguments, scoring, _reference_dtype(query))
                 lse, mean = lse.float(), mean.float()
@@ -171,7 +180,7 @@ def seeing_rows(
     Returns:
         (B, Hq, Skv) int32.
     """
-    scoring = _check(query, key, attention_mask, causal, None, sliding_window, None)
+    scoring = check_scoring(query, key, attention_mask, causal, None, sliding_window, None)
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
     if q_len == 0:
         return torch.zeros(batch, heads, kv_len, dtype=torch.int32, device=query.device)
@@ -192,10 +201,10 @@ def select_head(sink_counts: Tensor, image_mask: Tensor, min_density: float = 0.
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
-    _check_counts(sink_counts)
-    _check_image_mask(image_mask, sink_counts.shape[0], None, sink_counts.device)
-    _check_fraction("min_density", min_density, 1.0)
-    return reference.select_head(sink_counts, image_mask, min_density)
+    check_counts(sink_counts)
+    check_image_mask(image_mask, sink_counts.shape[0], None, sink_counts.device)
+    check_fraction("min_density", min_density, 1.0)
+    return selection.select_head(sink_counts, image_mask, min_density)
 
 
 def receiving_heads(sink_counts: Tensor, head: Tensor, broadcast_to: int | Literal["all"]) -> Tensor:
@@ -212,10 +221,10 @@ def receiving_heads(sink_counts: Tensor, head: Tensor, broadcast_to: int | Liter
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
     """
-    _check_counts(sink_counts)
-    _check_head(head, sink_counts)
-    number = _receivers(broadcast_to, sink_counts.shape[1])
-    return reference.receiving_heads(sink_counts, head, sink_counts.shape[1] if number is None else number)
+    check_counts(sink_counts)
+    check_head(head, sink_counts)
+    number = receivers(broadcast_to, sink_counts.shape[1])
+    return selection.receiving_heads(sink_counts, head, sink_counts.shape[1] if number is None else number)
 
 
 def shared_map_attention(
@@ -244,20 +253,20 @@ def shared_map_attention(
     Returns:
         (B, Hq, Sq, Dv) in query's dtype, 0 for a row that sees no key.
     """
-    scoring = _check(query, key, attention_mask, causal, scale, sliding_window, softcap)
-    _check_value(query, key, value)
+    scoring = check_scoring(query, key, attention_mask, causal, scale, sliding_window, softcap)
+    check_value(query, key, value)
     batch, heads, q_len, _ = query.shape
-    _check_head(head, query, q_len)
+    check_head(head, query, q_len)
     if receives is not None:
-        _require_tensors(receives=receives)
+        require_tensors(receives=receives)
         shapes = (batch, heads), (batch, heads, q_len)
         if tuple(receives.shape) not in shapes or receives.dtype != torch.bool or receives.device != query.device:
             accepted = f"{shapes[0]} or {shapes[1]} bool on {query.device}"
-            raise ValueError(f"receives must be {accepted}, got {_describe(receives)}")
+            raise ValueError(f"receives must be {accepted}, got {describe(receives)}")
     backend = choose_backend(backend, query)
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
-        return ops.empty_output(query, value).zero_()
-    with _exact(query):
+        return empty_output(query, value).zero_()
+    with exact(query):
         if backend == "reference":
             return reference.shared_map_attention(query, key, value, head, scoring, _reference_dtype(query), receives)
         return _lend(query, key, value, head, receives, scoring, backend)
@@ -273,7 +282,7 @@ def _lend(query, key, value, head, receives, scoring: Scoring, backend: str) -> 
     return torch.where(receives[..., None], shared, own)  # where head is -1 they are the same
 
 
-def _exact(query: Tensor) -> torch.autocast:
+def exact(query: Tensor) -> torch.autocast:
     """Scores are float32 under autocast, too."""
     return torch.autocast(query.device.type, enabled=False)
 
@@ -282,140 +291,7 @@ def _reference_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _check(query, key, attention_mask, causal, scale, sliding_window, softcap) -> Scoring:
-    _require_tensors(query=query, key=key)
-    if query.dim() != 4 or query.shape[1] == 0:
-        raise ValueError(f"query must be (B, Hq, Sq, D) with Hq >= 1, got {_describe(query)}")
-    _, _, q_len, head_dim = query.shape
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query must be {', '.join(map(str, DTYPES))}, got {query.dtype}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"query's head dim must be 1..{MAX_HEAD_DIM}, got {head_dim}")
-    _check_key_or_value("key", key, query)
-    if key.shape[-1] != head_dim:
-        raise ValueError(f"key's head dim must be query's, {head_dim}, got {key.shape[-1]}")
-    kv_len = key.shape[2]
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {causal!r}")
-    if causal and kv_len < q_len:
-        raise ValueError(f"key must have at least query's length with causal=True, got {kv_len} keys for {q_len} rows")
-    if attention_mask is not None:
-        _check_attention_mask(attention_mask, query, kv_len)
-    if sliding_window is not None and (type(sliding_window) is not int or sliding_window < 1):
-        raise ValueError(f"sliding_window must be None or an int >= 1, got {sliding_window!r}")
-    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
-    if sliding_window is not None and sliding_window >= kv_len:
-        sliding_window = None
-    if attention_mask is not None and attention_mask.dtype == torch.float64 != query.dtype:
-        attention_mask = attention_mask.float()
-    if scale is None:
-        scale = head_dim**-0.5
-    elif not (_is_number(scale) and math.isfinite(scale)):
-        raise ValueError(f"scale must be None or a finite number, got {scale!r}")
-    return Scoring(attention_mask, causal, float(scale), sliding_window, softcap)
-
-
-def _check_counts(sink_counts: Tensor) -> None:
-    _require_tensors(sink_counts=sink_counts)
-    if sink_counts.dim() != 2 or sink_counts.shape[1] == 0 or sink_counts.dtype != torch.int32:
-        raise ValueError(f"sink_counts must be (B, Hq) int32 with Hq >= 1, got {_describe(sink_counts)}")
-
-
-def _check_head(head: Tensor, like: Tensor, q_len: int | None = None) -> None:
-    """(B,), or (B, Sq) where q_len is given."""
-    _require_tensors(head=head)
-    batch = like.shape[0]
-    by_row = q_len is not None and head.dim() == 2
-    fits = tuple(head.shape) == ((batch, q_len) if by_row else (batch,))
-    if not fits or head.dtype != torch.int32 or head.device != like.device:
-        accepted = f"({batch},)" if q_len is None else f"({batch},) or ({batch}, {q_len})"
-        raise ValueError(f"head must be {accepted} int32 on {like.device}, got {_describe(head)}")
-
-
-def _receivers(broadcast_to: int | str, heads: int) -> int | None:
-    """How many heads receive the map; None = all."""
-    if broadcast_to == "all":
-        return None
-    if type(broadcast_to) is not int or not 1 <= broadcast_to <= heads:
-        raise ValueError(f'broadcast_to must be "all" or an int within 1..{heads}, got {broadcast_to!r}')
-    return broadcast_to if broadcast_to < heads else None
-
-
-def _check_value(query: Tensor, key: Tensor, value: Tensor) -> None:
-    _require_tensors(value=value)
-    _check_key_or_value("value", value, query)
-    if value.shape[1:3] != key.shape[1:3]:
-        raise ValueError(f"value must have key's heads and length {tuple(key.shape[1:3])}, got {_describe(value)}")
-    if not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"value's head dim must be 1..{MAX_HEAD_DIM}, got {value.shape[-1]}")
-
-
-def _check_key_or_value(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tensor.dim() != 4 or tensor.shape[0] != query.shape[0]:
-        raise ValueError(f"{name} must be (B, Hkv, Skv, D) with query's B = {query.shape[0]}, got {_describe(tensor)}")
-    if tensor.shape[1] == 0 or query.shape[1] % tensor.shape[1]:
-        raise ValueError(f"{name}'s heads must divide query's {query.shape[1]} heads, got {tensor.shape[1]}")
-    if tensor.dtype != query.dtype:
-        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
-
-
-def _check_image_mask(image_mask: Tensor, batch: int, kv_len: int | None, device: torch.device) -> None:
-    _require_tensors(image_mask=image_mask)
-    if image_mask.dtype != torch.bool:
-        raise TypeError(f"image_mask must be torch.bool, got {image_mask.dtype}")
-    expected = (batch, image_mask.shape[-1] if kv_len is None and image_mask.dim() == 2 else kv_len)
-    if tuple(image_mask.shape) != expected:
-        raise ValueError(f"image_mask must be (B, Skv) = {expected}, got {tuple(image_mask.shape)}")
-    if image_mask.device != device:
-        raise ValueError(f"image_mask must be on query's device {device}, got {image_mask.device}")
-
-
-def _check_attention_mask(mask: Tensor, query: Tensor, kv_len: int) -> None:
-    _require_tensors(attention_mask=mask)
-    batch, heads, q_len, _ = query.shape
-    if mask.dim() == 2:
-        fits = tuple(mask.shape) == (batch, kv_len)
-    else:
-        fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
-        fits = fits and tuple(mask.shape[2:]) == (q_len, kv_len)
-    if not fits:
-        raise ValueError(
-            f"attention_mask must be (B, Skv) = {(batch, kv_len)} or (B|1, 1|Hq, Sq, Skv) = "
-            f"({batch}|1, 1|{heads}, {q_len}, {kv_len}), got {tuple(mask.shape)}"
-        )
-    if mask.dtype != torch.bool and (mask.dim() == 2 or mask.dtype not in DTYPES):
-        accepted = "torch.bool" if mask.dim() == 2 else f"torch.bool, {', '.join(map(str, DTYPES))}"
-        raise TypeError(f"a {mask.dim()}-D attention_mask must be {accepted}, got {mask.dtype}")
-    if mask.device != query.device:
-        raise ValueError(f"attention_mask must be on query's device {query.device}, got {mask.device}")
-
-
-def _check_fraction(name: str, number: float, most: float) -> None:
-    if not (_is_number(number) and 0 <= number <= most):
-        accepted = "a number >= 0" if most == math.inf else f"a number in 0..{most:g}"
-        raise ValueError(f"{name} must be {accepted}, got {number!r}")
-
-
-def _is_number(number) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool)
-
-
-def _require_tensors(**tensors) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {tensor.layout}")
-
-
 def _named_shapes(result: NamedTuple) -> str:
     """A result in one line: it is printed without reading the device."""
-    fields = (f"{name}={_describe(t) if t is not None else None}" for name, t in result._asdict().items())
+    fields = (f"{name}={describe(t) if t is not None else None}" for name, t in result._asdict().items())
     return f"{type(result).__name__}({', '.join(fields)})"
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

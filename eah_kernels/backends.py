@@ -13,7 +13,8 @@ from torch import Tensor
 
 from eah_kernels import native, native_cuda
 
-BACKENDS = ("auto", "reference", "torch", "triton", "native")
+MODULES = {"torch": "eah_kernels.blocked", "triton": "eah_kernels.triton", "native": "eah_kernels.native"}
+BACKENDS = ("auto", "reference", *MODULES)
 
 
 def choose_backend(backend: str, query: Tensor) -> str:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.ops import empty_output
-from eah_kernels.reference import densest_head, select_head
+from eah_kernels.selection import densest_head, select_head
 
 ROWS = 128  # query rows per block
 SCORES = 1 << 19  # scores per block: as many KV heads at once as this allows, at least one

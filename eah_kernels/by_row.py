@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eah_kernels import api, ops
+from eah_kernels import ops
+from eah_kernels.api import exact
+from eah_kernels.checks import check_fraction, check_image_mask, check_scoring, describe, require_tensors
 
 
 class HeadsByRow(NamedTuple):
@@ -52,25 +54,25 @@ def heads_by_row(
     Returns:
         HeadsByRow. Density counts the image tokens up to the row.
     """
-    scoring = api._check(query, key, attention_mask, causal, scale, sliding_window, softcap)
+    scoring = check_scoring(query, key, attention_mask, causal, scale, sliding_window, softcap)
     batch, heads, q_len, _ = query.shape
     columns = image_mask.shape[-1] if isinstance(image_mask, Tensor) else 0
-    api._check_image_mask(image_mask, batch, None, query.device)
+    check_image_mask(image_mask, batch, None, query.device)
     if columns < key.shape[2] or key.shape[2] < q_len:
         lengths = f"{columns} columns, {key.shape[2]} keys and {q_len} rows"
         raise ValueError(f"image_mask must have at least key's columns and key at least query's, got {lengths}")
-    api._check_fraction("threshold", threshold, math.inf)
-    api._check_fraction("min_density", min_density, 1.0)
+    check_fraction("threshold", threshold, math.inf)
+    check_fraction("min_density", min_density, 1.0)
     _check_sums("column_sum", column_sum, (batch, heads, columns), (heads,), torch.float32, query.device)
     _check_sums("seeing", seeing, (batch, heads, columns), (1, heads), torch.int32, query.device)
     arguments = query, key, image_mask, column_sum, seeing, threshold, min_density
-    with api._exact(query):
+    with exact(query):
         return HeadsByRow(*ops.heads_by_row(*arguments, *scoring, "torch"))
 
 
 def _check_sums(name: str, tensor: Tensor, shape: tuple, heads: tuple, dtype: torch.dtype, device) -> None:
-    api._require_tensors(**{name: tensor})
+    require_tensors(**{name: tensor})
     fits = tensor.dim() == 3 and tuple(tensor.shape[::2]) == shape[::2] and tensor.shape[1] in heads
     if not fits or tensor.dtype != dtype or tensor.device != device:
         accepted = f"({shape[0]}, {'|'.join(map(str, heads))}, {shape[2]}) {dtype} on {device}"
-        raise ValueError(f"{name} must be {accepted}, got {api._describe(tensor)}")
+        raise ValueError(f"{name} must be {accepted}, got {describe(tensor)}")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from eah_kernels import native_cuda
+from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.ops import empty_output
-from eah_kernels.reference import select_head
+from eah_kernels.selection import select_head
 
 
 def native_parts() -> dict[str, str | None]:

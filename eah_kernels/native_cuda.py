@@ -12,8 +12,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.ops import empty_output
 
 MAX_TOKENS = 1024  # csrc/cuda/attention.h, MAX_PREFILL
 MAX_BATCH = 128  # the same file

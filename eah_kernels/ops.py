@@ -12,20 +12,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from eah_kernels.backends import MODULES
+from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
 
-MODULES = {"torch": "eah_kernels.blocked", "triton": "eah_kernels.triton", "native": "eah_kernels.native"}
 SCORING = "Tensor? attention_mask, bool causal, float scale, int? sliding_window, float? softcap, str backend"
 
 
 def _backend(name: str) -> ModuleType:
     return import_module(MODULES[name])
-
-
-def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """(B, Hq, Sq, Dv) laid out as (B, Sq, Hq, Dv): the transpose that transformers does next costs no copy."""
-    batch, heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
 
 
 @torch.library.custom_op(

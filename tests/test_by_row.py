@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eah_kernels import blocked, heads_by_row, reference, seeing_rows, shared_map_attention, sink_statistics
+from eah_kernels.selection import densest_head
 from support import NATIVE, Case, assert_close, make, pick_threshold
 
 ROWS = 40  # the later ones
@@ -67,7 +68,7 @@ def test_every_row_equals_the_definition(case, monkeypatch):
     assert torch.equal(got.sink_counts.masked_fill(near, -1), counts.masked_fill(near, -1).int())
     assert near.float().mean() < 0.05
     tokens = inputs.image_mask.cumsum(-1)[:, -ROWS:]
-    assert torch.equal(got.head, reference.densest_head(got.sink_counts.transpose(1, 2), tokens, 0.2))
+    assert torch.equal(got.head, densest_head(got.sink_counts.transpose(1, 2), tokens, 0.2))
     mean = got.column_sum / got.seeing.clamp(min=1)
     torch.testing.assert_close(mean.double(), means[..., -1, :], rtol=1e-4, atol=1e-6)
 

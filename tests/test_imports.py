@@ -29,6 +29,12 @@ def test_kernels_import_neither_the_binding_nor_transformers(path):
         assert "triton" not in roots
 
 
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_backends_do_not_import_what_they_are_tested_against(path):
+    modules = {module for module, _ in imported(path)} | {f"{module}.{name}" for module, name in imported(path)}
+    assert path.name == "api.py" or "eah_kernels.reference" not in modules
+
+
 @pytest.mark.parametrize("path", BINDING, ids=lambda p: p.name)
 def test_the_binding_uses_public_names_only(path):
     import eah_kernels

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.ops import empty_output
 from eah_kernels.triton import attend as _attend
 from eah_kernels.triton import decode as _decode
 from eah_kernels.triton import lse as _lse

@@ -11,10 +11,10 @@ import textwrap
 
 from eah.decode import MODES
 from eah.demo import demo, print_demo
-from eah.doctor import BACKENDS, doctor, one_line, print_doctor
+from eah.doctor import doctor, one_line, print_doctor
 from eah.generate import generate
 from eah.models import family_table
-from eah_kernels import __version__
+from eah_kernels import BACKENDS, __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
 
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--threshold", type=float, default=0.002, help="mean attention of a vision sink (default: 0.002)")
     two.add_argument("--min-density", type=float, default=0.0, help="sinks per image token below which no head lends")
     two.add_argument("--decode", default="off", choices=MODES, help="what steps after the prompt do (default: off)")
-    two.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
+    two.add_argument("--backend", default="auto", choices=BACKENDS)
     two.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     two.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     which = two.add_mutually_exclusive_group()

@@ -8,9 +8,8 @@ import platform
 import torch
 from torch.torch_version import TorchVersion
 
-from eah_kernels import __version__, eah_attention, native_parts
+from eah_kernels import BACKENDS, __version__, eah_attention, native_parts
 
-BACKENDS = ("reference", "torch", "native", "triton")
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pillow", "matplotlib")
 OLDEST_TRANSFORMERS = "5.3"
 
@@ -18,6 +17,7 @@ OLDEST_TRANSFORMERS = "5.3"
 def doctor() -> dict:
     """Versions of what EAH uses (None = not installed) and devices; why `eah.enable`, a part of the native extension,
     or a backend on a device, does not work, or None."""
+    named = [name for name in BACKENDS if name != "auto"]
     versions = {"eah-kernels": __version__, "python": platform.python_version()}
     versions |= {name: installed(name) for name in PACKAGES}
     capability = torch.backends.cpu.get_cpu_capability()
@@ -30,7 +30,7 @@ def doctor() -> dict:
         "enable": why_no_enable(),
         "native": native_parts(),
         "devices": devices,
-        "backends": {device: {name: why_no_backend(name, device) for name in BACKENDS} for device in devices},
+        "backends": {device: {name: why_no_backend(name, device) for name in named} for device in devices},
     }
 
 
