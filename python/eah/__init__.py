@@ -131,12 +131,14 @@ class EnabledModel(ImageTokens):
         prefilling = model.get_submodule(inner) if inner else model  # the one whose generate() calls its forward
         self.chunked_prefill = ChunkedPrefill(prefilling, self) if hasattr(prefilling, "_prefill") else None
         self.base = model.base_model
+        below = getattr(model, family.inner_forward or "", None)
+        self.hooked = [self.base, *([self.inner_generate.inner] if inner else []), *([below] if below else [])]
         self.removals: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
         """All of it or, where a part of it raises, nothing."""
         try:
-            for module in [self.base, *([self.inner_generate.inner] if self.inner_generate else [])]:
+            for module in self.hooked:
                 self.removals.append(module.register_forward_pre_hook(self, with_kwargs=True))
             for part in self.parts():
                 part.attach()

@@ -23,6 +23,7 @@ class Family:
     video: bool = False  # has a placeholder token for video
     position_mask: str | None = None  # the forward's argument that marks the image tokens, in place of a token id
     inner_generate: str | None = None  # the submodule whose own generate() is called by the model's, with embeddings
+    inner_forward: str | None = None  # the submodule below, where the outermost forward keeps arguments to itself
     refused: str | None = None
     notes: str = ""
 
@@ -53,7 +54,7 @@ FAMILIES = {
     "ernie4_5_vl_moe": Family(video=True),
     "exaone4_5": Family(video=True),
     "fast_vlm": Family(),
-    "fuyu": Family(notes="stands aside on transformers 5.3, whose forward passes nothing on to the layers"),
+    "fuyu": Family(inner_forward="model"),  # on transformers 5.3
     "gemma3": Family(notes="image tokens see each other"),
     "gemma3n": Family(),
     "gemma4": Family(video=True, notes="image tokens see each other"),
