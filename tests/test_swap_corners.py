@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -190,6 +191,39 @@ def test_methods_that_the_owner_set_are_called_and_restored(family, name, how):
     model.generate(**inputs, **options)
     assert model.calls == 2
     assert vars(model)[name].args == (model,) and vars(model)[name].func is own.func
+
+
+def test_an_owners_generate_with_other_arguments():
+    """Where the image tokens are cannot be read from them: an error that says what helps."""
+    model, inputs = built("blip-2"), family_prompt("blip-2", ROWS)
+
+    def batched(batch):
+        return type(model).generate(model, **batch, max_new_tokens=2, do_sample=False)
+
+    with eah.enable(model, threshold=0.02):
+        want = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    model.generate = lambda batch, *more: batched(batch)
+    with eah.enable(model, threshold=0.02) as handle:
+        for arguments in ([inputs], [inputs, *range(9)]):
+            with pytest.raises(TypeError, match=r"input_ids, inputs_embeds or pixel_values .* handle\.image_mask"):
+                model.generate(*arguments)
+            with handle.image_mask(inputs["input_ids"] == IMAGE):
+                assert torch.equal(model.generate(*arguments), want)
+            assert [row.image_tokens for row in handle.report().layers[0].rows] == [9, 9]
+
+
+@pytest.mark.seam
+def test_a_mask_that_is_given_for_a_prompt_without_ids():
+    """BLIP-2 then makes the prompt itself: the mask that was given is the one that counts."""
+    model, inputs = built("blip-2"), family_prompt("blip-2", ROWS)
+    model.config.text_config.bos_token_id = model.generation_config.bos_token_id = 1
+    queries = model.config.num_query_tokens
+    with eah.enable(model, threshold=0.02) as handle:
+        for marked in (queries, 3):
+            given = torch.arange(queries + 1)[None] < marked
+            with contextlib.nullcontext() if marked == queries else handle.image_mask(given):
+                model.generate(inputs["pixel_values"], max_new_tokens=2, do_sample=False)
+            assert [row.image_tokens for row in handle.report().layers[0].rows] == [marked, marked]
 
 
 def test_a_method_that_is_set_while_enabled_stays():

@@ -11,6 +11,11 @@ import torch
 
 from eah.stand_in import StandIn
 
+UNKNOWN = (
+    "generate() must be given input_ids, inputs_embeds or pixel_values as tensors, which tell where the image tokens "
+    "are; handle.image_mask(mask) says it otherwise"
+)
+
 
 class InnerGenerate(StandIn):
     """`inner`: the model whose forward is then called with less than is needed to find the image tokens."""
@@ -23,15 +28,23 @@ class InnerGenerate(StandIn):
         self.tokens = tokens  # the model's ImageTokens
 
     def __call__(self, *args, **kwargs):
-        signature = inspect.signature(type(self.model).generate)
-        with self.tokens.given(self._image_mask(signature.bind(self.model, *args, **kwargs))):
+        if self.tokens.given_mask() is not None:  # handle.image_mask says it
+            return self.original(*args, **kwargs)
+        with self.tokens.given(self._image_mask(args, kwargs)):
             return self.original(*args, **kwargs)
 
-    def _image_mask(self, bound: inspect.BoundArguments) -> torch.Tensor:
-        arguments = bound.arguments
-        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        if ids is None and embeds is None:  # the model then makes a prompt of its image tokens and a start token
-            frames = arguments["pixel_values"].shape[1:-3].numel()  # of a video
-            length = self.model.config.num_query_tokens * frames
-            return torch.arange(length + 1)[None] < length
-        return self.tokens.find(self.model, ids, embeds if ids is None else ids, arguments)
+    def _image_mask(self, args, kwargs) -> torch.Tensor:
+        try:
+            arguments = inspect.signature(type(self.model).generate).bind(self.model, *args, **kwargs).arguments
+        except TypeError:  # of an owner's generate() with other arguments, or the model's own would raise it
+            arguments = {}
+        ids, pixels = arguments.get("input_ids"), arguments.get("pixel_values")
+        tokens = arguments.get("inputs_embeds") if ids is None else ids
+        if isinstance(tokens, torch.Tensor):
+            return self.tokens.find(self.model, ids, tokens, arguments)
+        if tokens is not None or not isinstance(pixels, torch.Tensor) or self.tokens.position_mask is not None:
+            raise TypeError(UNKNOWN)
+        # The model makes a prompt of its image tokens and a start token.
+        frames = pixels.shape[1:-3].numel()  # of a video
+        length = self.model.config.num_query_tokens * frames
+        return torch.arange(length + 1)[None] < length
