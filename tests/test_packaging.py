@@ -78,8 +78,8 @@ def test_a_wheel_whose_extension_failed_is_pure_python(sources):
         (about,) = [archive.read(name).decode() for name in names if name.endswith("/WHEEL")]
     assert "Root-Is-Purelib: true" in about
     assert not [name for name in names if name.endswith(".so")]
-    packages = {path.parent for top in ("eah_kernels", "python/eah") for path in (ROOT / top).rglob("*.py")}
-    packages = {path.relative_to(ROOT / "python" if "python" in path.parts else ROOT).as_posix() for path in packages}
+    tops = {ROOT / "eah_kernels": ROOT, ROOT / "python": ROOT / "python"}
+    packages = {path.parent.relative_to(base).as_posix() for top, base in tops.items() for path in top.rglob("*.py")}
     assert {str(Path(name).parent) for name in names if name.endswith(".py")} == packages
 
 
