@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -195,6 +196,23 @@ def test_history_keeps_the_last_prefills():
     with eah.enable(model) as handle:
         logits(model, **prompt("llava", ["abIcd"]))
         assert handle.history == ()
+
+
+def test_the_history_of_several_threads():
+    """Their layers take turns in any order; each prefill is one report all the same."""
+    model, prompts = build("llava", layers=(0, 1)), [prompt("llava", ["abIcd"] * rows) for rows in (1, 2)]
+    turns = threading.Barrier(2, timeout=30)
+
+    def wait(*arguments):
+        turns.wait()
+
+    hook = attention_of(model, 1).register_forward_pre_hook(wait)
+    with eah.enable(model, layers=(0, 1), threshold=0.0, history=8) as handle, ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            list(pool.map(lambda inputs: logits(model, **inputs), prompts))
+        sizes = [[len(layer.rows) for layer in report.layers] for report in handle.history]
+    hook.remove()
+    assert sorted(sizes) == [[1, 1]] * 3 + [[2, 2]] * 3
 
 
 @pytest.mark.parametrize("history", [1, 4])

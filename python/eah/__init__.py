@@ -191,7 +191,7 @@ class Handle:
         """
         layers = self._enabled.layers
         prefills = layers[0].history.prefills if layers[0].history else ()
-        return tuple(self._report([records.get(layer.index) for layer in layers]) for records in prefills)
+        return tuple(self._report([records.get(layer.index) for layer in layers]) for _, records in prefills)
 
     def _report(self, records) -> Report:
         layers = zip(self._enabled.layers, records, strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import deque
+from threading import get_ident
 from typing import NamedTuple
 
 import torch
@@ -84,18 +85,20 @@ class Warned:
 
 
 class History:
-    """The last prefills, oldest first: of each the records of the layers that it reached. Shared by the layers."""
+    """The last prefills, oldest first: of each its thread and the records of the layers that it reached. Shared by the
+    layers.
+    """
 
     def __init__(self, length: int):
-        self.prefills: deque[dict[int, Record]] = deque(maxlen=length)
+        self.prefills: deque[tuple[int, dict[int, Record]]] = deque(maxlen=length)
 
     def remember(self, layer: int, record: Record, instead_of_last: bool) -> None:
-        newest = next((prefill for prefill in reversed(self.prefills) if layer in prefill), None)
-        if newest is None or not instead_of_last:
-            if not self.prefills or layer in self.prefills[-1]:
-                self.prefills.append({})
-            newest = self.prefills[-1]
-        newest[layer] = record
+        own = get_ident()
+        last = next((records for thread, records in reversed(self.prefills) if thread == own), None)
+        if last is None or (layer in last and not instead_of_last):
+            last = {}
+            self.prefills.append((own, last))
+        last[layer] = record
 
 
 class SwappedLayer:
