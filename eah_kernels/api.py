@@ -182,7 +182,7 @@ def seeing_rows(
     """
     scoring = check_scoring(query, key, attention_mask, causal, None, sliding_window, None)
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
-    if q_len == 0:
+    if q_len == 0 or kv_len == 0:
         return torch.zeros(batch, heads, kv_len, dtype=torch.int32, device=query.device)
     return scoring.seeing_rows(q_len, kv_len, query.device).expand(batch, heads, kv_len).contiguous()
 

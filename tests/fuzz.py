@@ -295,7 +295,8 @@ def simplest(p: Problem, seconds: float = 60) -> Problem:
 
 def valid(p: Problem) -> bool:
     fits = isinstance(p.broadcast_to, str) or 1 <= p.broadcast_to <= p.kv_heads * p.group
-    return fits and min(p.kv_heads, p.group, p.dim, p.value_dim) > 0 and (p.more_keys >= 0 or not p.causal)
+    lengths = p.q_len + p.more_keys >= 0 and (p.more_keys >= 0 or not p.causal)
+    return fits and lengths and min(p.kv_heads, p.group, p.dim, p.value_dim) > 0
 
 
 def main() -> int:

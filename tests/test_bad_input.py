@@ -5,7 +5,16 @@ import sys
 import pytest
 import torch
 
-from eah_kernels import backends, eah_attention, receiving_heads, select_head, shared_map_attention, sink_statistics
+from eah_kernels import (
+    backends,
+    eah_attention,
+    heads_by_row,
+    receiving_heads,
+    seeing_rows,
+    select_head,
+    shared_map_attention,
+    sink_statistics,
+)
 from support import NATIVE
 
 B, H, S, D = 2, 4, 5, 8
@@ -160,6 +169,21 @@ def test_no_keys(backend):
     assert result.output.eq(0).all() and result.head.tolist() == [-1] * B
     statistics = sink_statistics(torch.randn(B, H, S, D), empty, image, causal=False, backend=backend)
     assert statistics.lse.eq(-torch.inf).all() and statistics.column_mean is None
+
+
+@pytest.mark.parametrize("form", [None, "key", "bool", "bias"])
+@pytest.mark.parametrize("batch, rows, keys", [(0, 1, 1), (1, 0, 1), (1, 0, 0), (2, 1, 0), (2, 3, 0)])
+def test_nothing_to_attend_to(batch, rows, keys, form):
+    query, key = torch.randn(batch, H, rows, D), torch.randn(batch, 2, keys, D)
+    mask = {"key": (batch, keys), "bool": (batch, 1, rows, keys), "bias": (batch, 1, rows, keys)}.get(form)
+    mask = mask and torch.ones(mask, dtype=torch.float32 if form == "bias" else torch.bool)
+    rules = dict(attention_mask=mask, causal=False)
+    assert seeing_rows(query, key, **rules).tolist() == torch.zeros(batch, H, keys).tolist()
+    image, head = torch.ones(batch, keys, dtype=torch.bool), torch.zeros(batch, dtype=torch.int32)
+    assert not shared_map_attention(query, key, key, head, **rules).any()
+    if keys >= rows:
+        sums, seen = torch.zeros(batch, H, keys), torch.zeros(batch, 1, keys, dtype=torch.int32)
+        assert heads_by_row(query, key, image, sums, seen, **rules).head.shape == (batch, rows)
 
 
 def test_threshold_may_be_infinite():
