@@ -318,11 +318,11 @@ class Program:
         transposed = "trans" in words
         load = words[0] == "ldmatrix"
         wanted = [words[0], "sync", "aligned", "m8n8", f"x{count}", *(["trans"] if transposed else []), "shared", "b16"]
-        if words != wanted or (transposed and not load):
+        if words != wanted:
             raise KeyError(statement.opcode)
         base, offset, wide = self._address(statement.operands[1 if load else 0])
         registers = [self._slot(r, 4) for r in _list(statement.operands[0 if load else 1])]
-        op = ("LDMATRIX_TRANS" if transposed else "LDMATRIX") if load else "STMATRIX"
+        op = ("LDMATRIX" if load else "STMATRIX") + ("_TRANS" if transposed else "")
         slots = [*registers, base] if load else [base, *registers]
         self._emit(rows, statement, op, slots, count if load else 0, offset, 2, count, WIDE_ADDRESS * wide)
 

@@ -63,6 +63,29 @@ def test_barrier():
     wrong("written without a barrier after warp . read it|read without a barrier", again.format(barrier=""))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_between_registers_and_shared_memory(transposed):
+    """Lane l holds entries 2 l and 2 l + 1 of an 8 x 8 matrix of 16 bits, by rows."""
+    trans = ".trans" if transposed else ""
+    body = f"""
+    shl.b32 %r4, %r1, 1;
+    add.s32 %r5, %r4, 1;
+    shl.b32 %r5, %r5, 16;
+    or.b32 %r4, %r4, %r5;
+    and.b32 %r6, %r1, 7;
+    shl.b32 %r6, %r6, 4;
+    stmatrix.sync.aligned.m8n8.x1{trans}.shared.b16 [%r6], {{%r4}};
+    bar.sync 0;
+    LOAD
+    st.global.b32 [%rd2], %r7;
+    """
+    stored = execute(body.replace("LOAD", "ld.shared.b32 %r7, [%r3];"), threads=32)[:32].view(torch.int16).view(8, 8)
+    entries = torch.arange(64, dtype=torch.int16).view(8, 8)
+    assert torch.equal(stored, entries.mT if transposed else entries)
+    back = f"ldmatrix.sync.aligned.m8n8.x1{trans}.shared.b16 {{%r7}}, [%r6];"
+    assert torch.equal(execute(body.replace("LOAD", back), threads=32)[:32].view(torch.int16), entries.flatten())
+
+
 def test_a_barrier_that_not_all_reach():
     wrong("executed by lanes 0000ffff", "setp.ge.s32 %p1, %r1, 16;\n@%p1 bra $skip;\nbar.sync 0;\n$skip:")
     spin = "$again:\nld.global.b32 %r4, [%rd1];\nsetp.eq.b32 %p1, %r4, 0;\n@%p1 bra $again;"

@@ -422,7 +422,8 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
         break;
       case LDMATRIX: matrices_to_registers(false); break;
       case LDMATRIX_TRANS: matrices_to_registers(true); break;
-      case STMATRIX: registers_to_matrices(); break;
+      case STMATRIX: registers_to_matrices(false); break;
+      case STMATRIX_TRANS: registers_to_matrices(true); break;
       case MMA_F16: multiply_now<F16>(); break;
       case MMA_BF16: multiply_now<BF16>(); break;
       case MMA_TF32: multiply_now<TF32>(); break;

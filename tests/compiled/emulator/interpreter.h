@@ -122,7 +122,7 @@ class Interpreter {
   void permute_bytes();
   void copy_async();
   void matrices_to_registers(bool transposed);
-  void registers_to_matrices();
+  void registers_to_matrices(bool transposed);
   template <int KIND>
   void multiply_now();
   void start_multiply();
@@ -309,12 +309,18 @@ inline void Interpreter::matrices_to_registers(bool transposed) {
   }
 }
 
-inline void Interpreter::registers_to_matrices() {
+inline void Interpreter::registers_to_matrices(bool transposed) {
   need_all("stmatrix");
   for (int m = 0; m < in_->count; ++m) {
     const u32* from = operand<u32>(1 + m);
+    u16 matrix[8][8];
+    for (int lane = 0; lane < LANES; ++lane) {
+      const int outer = lane / 4, inner = 2 * (lane % 4);
+      (transposed ? matrix[inner][outer] : matrix[outer][inner]) = u16(from[lane]);
+      (transposed ? matrix[inner + 1][outer] : matrix[outer][inner + 1]) = u16(from[lane] >> 16);
+    }
     for (int row = 0; row < 8; ++row) {
-      block_->shared.write(address(0, 8 * m + row), from + 4 * row, 16, warp_->index);
+      block_->shared.write(address(0, 8 * m + row), matrix[row], 16, warp_->index);
     }
   }
 }
