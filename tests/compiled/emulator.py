@@ -16,6 +16,7 @@ from lowering import Program
 
 SOURCES = Path(__file__).parent / "emulator"
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-Wall"]
+CAME, SENSITIVE, GUARD_TRUE, GUARD_FALSE, TOOK_FIRST, TOOK_SECOND = 1, 2, 4, 8, 16, 32  # emulator/machine.h: Reached
 LIMIT = 2 * 10**9  # instructions of a warp a launch may take, unless it is said otherwise
 
 
@@ -73,11 +74,11 @@ class Executable:
         slots, wgmma = program.next_slot, int(program.wgmma)
         self.handle = ctypes.c_void_p(library().emulator_program(*arrays, slots, wgmma))
 
-    def reached(self) -> set[int]:
-        """The PTX lines that a launch so far came to; of waits those that had something to wait for."""
+    def reached(self) -> dict[int, int]:
+        """By PTX line, what happened there in the launches so far: a sum of CAME and so on."""
         flags = library().emulator_reached(self.handle)
         steps = zip(self.program.source, flags, strict=False)
-        return {step.line for step, flag in steps if flag & (2 if "wait" in step.opcode else 1)}
+        return {step.line: flag for step, flag in steps if flag and step.opcode != ":"}
 
     def __del__(self):
         library().emulator_free(self.handle)

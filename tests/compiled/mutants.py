@@ -19,57 +19,57 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from emulator import Executable, Fault
+from emulator import CAME, GUARD_FALSE, GUARD_TRUE, SENSITIVE, TOOK_FIRST, TOOK_SECOND, Executable
 from lowering import Program
+from problems import Replay, by_build, launches
 from ptx import Kernel, Statement
-from triton_launch import Launched, compiled
 
-from eah_kernels import shared_map_attention
-from support import Case, Inputs, exact, make, run
-
+LIST = Path(__file__).parent / "equivalent.txt"
+BARRIERS = ("bar.sync", "barrier.sync")
+ACCESSES = ("ld.global", "ld.shared", "st.", "atom", "cp.async", "ldmatrix", "stmatrix", "wgmma", "ld.acquire", "fence")
 STRICT = ("copy wait", "wgmma wait", "wgmma fence", "proxy fence", "order")
-HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-# And, of each, lengths: their remainders fall into every part of a tile.
-LAYERS = [
-    (Case(heads=3, kv_heads=1, image="absent"), BRAIN, [(140, 140), (300, 300), (75, 75), (230, 230), (33, 161)]),
-    (
-        Case(heads=2, kv_heads=2, mask="left", image="absent"),
-        HALF,
-        [(140, 140), (300, 300), (75, 75), (102, 230), (1, 66)],
-    ),
-    (
-        Case(heads=2, kv_heads=1, mask="bool_causal", causal=False, image="absent"),
-        BRAIN,
-        [(130, 200), (300, 300), (75, 236)],
-    ),
-    (Case(heads=2, kv_heads=1, sliding_window=100, dim=72, image="absent"), HALF, [(300, 390), (75, 150), (230, 230)]),
-    (Case(heads=2, kv_heads=1, image="absent"), SINGLE, [(75, 75), (20, 130), (110, 110)]),
-]
-STEPS = [
-    (Case(heads=4, kv_heads=2), BRAIN, [(1, 300), (2, 37)]),
-    (Case(heads=4, kv_heads=2, mask="bool_heads"), HALF, [(3, 200), (2, 90)]),
-]
 
 
 class Mutant(NamedTuple):
+    """feels: what must happen at the statement for the change to do anything (emulator.py: CAME and so on)."""
+
     operator: str
     at: int  # of the kernel's statements
     statement: Statement | None  # in its place
+    feels: int = CAME
 
 
 def mutants_of(kernel: Kernel) -> Iterator[Mutant]:
     guarding = guards(kernel)
+    used = uses(kernel)
     for at, statement in enumerate(kernel.statements):
-        for operator, other in changes(statement):
-            if operator in ("proxy fence", "wgmma fence", "wgmma wait") and redundant(kernel, at):
+        for operator, other, feels in changes(statement):
+            if operator in ("barrier", "proxy fence", "wgmma fence", "wgmma wait") and redundant(kernel, at):
                 continue
-            if operator == "bound" and statement.operands[0] not in guarding:
-                operator = "comparison"
-            yield Mutant(operator, at, other)
+            if operator == "bound":
+                if either_way(statement, used[statement.operands[0]]):
+                    continue
+                if statement.operands[0] not in guarding:
+                    operator = "comparison"
+            yield Mutant(operator, at, other, feels)
+
+
+def uses(kernel: Kernel) -> dict[str, list[Statement]]:
+    """The statements that read a predicate or are guarded by it."""
+    found = defaultdict(list)
+    for s in kernel.statements:
+        for register in {s.guard, *(r for o in s.operands[1:] for r in _registers(o))} - {""}:
+            found[register].append(s)
+    return found
+
+
+def either_way(comparison: Statement, used: list[Statement]) -> bool:
+    """Whether a comparison does nothing but choose between its two sides: where they are equal, either is right."""
+    sides = set(comparison.operands[1:])
+    return all(s.opcode.startswith("selp") and not s.guard and set(s.operands[1:3]) == sides for s in used)
 
 
 def guards(kernel: Kernel) -> set[str]:
@@ -85,14 +85,18 @@ def guards(kernel: Kernel) -> set[str]:
 
 
 def redundant(kernel: Kernel, at: int) -> bool:
-    """Whether a fence or a wait at wgmma does nothing.
+    """Whether a barrier, or a fence or a wait at wgmma, does nothing.
 
+    A barrier: no access to memory lies between it and the next one, or between the one before and it.
     A proxy fence: another one lies before every wgmma that follows, or nothing was written to shared memory since
     another one. A wgmma fence: the next product adds to what the last one wrote, and nobody touched it in between. A
     wait: on every path another one lies before anything but a wgmma touches what the products under way write.
     """
     statements = kernel.statements
     opcode = statements[at].opcode
+    if opcode.startswith(BARRIERS):
+        barrier, access = _opcodes(*BARRIERS), _opcodes(*ACCESSES)
+        return _first(kernel, at, 1, barrier, access) or _first(kernel, at, -1, barrier, access)
     if opcode.startswith("fence.proxy"):
         fence = _opcodes("fence.proxy")
         written = _opcodes("st.shared", "stmatrix", "cp.async.c", "cp.async.wait")
@@ -152,50 +156,38 @@ def _first(kernel: Kernel, at: int, step: int, good: Callable, bad: Callable) ->
     return True
 
 
-def changes(statement: Statement) -> Iterator[tuple[str, Statement | None]]:
+def changes(statement: Statement) -> Iterator[tuple[str, Statement | None, int]]:
     opcode, operands = statement.opcode, statement.operands
-    if opcode in ("bar.sync", "barrier.sync", "bar.warp.sync"):
-        yield "barrier", None
+    if opcode.startswith(BARRIERS):
+        yield "barrier", None, CAME
     if opcode.startswith("cp.async.wait"):
-        yield "copy wait", None
+        yield "copy wait", None, SENSITIVE
         if operands:
-            yield "copy wait", statement._replace(operands=(str(int(operands[0]) + 1),))
+            yield "copy wait", statement._replace(operands=(str(int(operands[0]) + 1),)), SENSITIVE
     if opcode.startswith("wgmma.wait_group"):
-        yield "wgmma wait", None
-        yield "wgmma wait", statement._replace(operands=(str(int(operands[0]) + 1),))
+        yield "wgmma wait", None, SENSITIVE
+        yield "wgmma wait", statement._replace(operands=(str(int(operands[0]) + 1),)), SENSITIVE
     if opcode.startswith("wgmma.fence"):
-        yield "wgmma fence", None
+        yield "wgmma fence", None, CAME
     if opcode.startswith("fence.proxy"):
-        yield "proxy fence", None
+        yield "proxy fence", None, CAME
     for order in ("acq_rel", "acquire", "release"):
         if f".{order}" in opcode:
-            yield "order", statement._replace(opcode=opcode.replace(f".{order}", ".relaxed"))
+            yield "order", statement._replace(opcode=opcode.replace(f".{order}", ".relaxed")), CAME
     if opcode.startswith("shfl.sync") and operands[2].isdigit() and operands[2] != "0":
-        yield "shuffle", statement._replace(operands=(*operands[:2], "0", *operands[3:]))
+        yield "shuffle", statement._replace(operands=(*operands[:2], "0", *operands[3:])), SENSITIVE
     if statement.guard:
-        yield "predicate", None  # never true
+        yield "predicate", None, GUARD_TRUE  # never true
         if opcode.startswith(("ld.global", "st.global")):
-            yield "predicate", statement._replace(guard="", negated=False)  # always true
+            yield "predicate", statement._replace(guard="", negated=False), GUARD_FALSE  # always true
     off_by_one = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
     bound = re.fullmatch(r"setp\.(lt|le|gt|ge)\.([su]\d+)", opcode)
     if bound:
-        yield "bound", statement._replace(opcode=f"setp.{off_by_one[bound[1]]}.{bound[2]}")
+        yield "bound", statement._replace(opcode=f"setp.{off_by_one[bound[1]]}.{bound[2]}"), SENSITIVE
     if opcode.startswith(("selp.f32", "selp.b32")) and "0fFF800000" in operands:
-        yield "mask", statement._replace(operands=tuple("0f00000000" if o == "0fFF800000" else o for o in operands))
-
-
-def spaced(inputs: Inputs) -> Inputs:
-    """The same, each tensor with room around each of its rows that belongs to nobody: an access one too far shows."""
-
-    def spread(tensor):
-        if tensor is None:
-            return None
-        room = [n + 1 for n in tensor.shape[:-1]] + [tensor.shape[-1] + 16]
-        wide = torch.full(room, torch.nan if tensor.is_floating_point() else 1, dtype=tensor.dtype)
-        return wide[tuple(slice(n) for n in tensor.shape)].copy_(tensor)
-
-    names = "query", "key", "value", "image_mask", "attention_mask"
-    return replace(inputs, **{name: spread(getattr(inputs, name)) for name in names})
+        feels = TOOK_FIRST if operands[1] == "0fFF800000" else TOOK_SECOND
+        other = statement._replace(operands=tuple("0f00000000" if o == "0fFF800000" else o for o in operands))
+        yield "mask", other, feels
 
 
 def changed(kernel: Kernel, mutant: Mutant) -> Kernel:
@@ -204,117 +196,89 @@ def changed(kernel: Kernel, mutant: Mutant) -> Kernel:
     return kernel._replace(statements=tuple(statements))
 
 
-class Replay:
-    """A launch that can be had again: the bytes of its tensors' memory before it, its results and how long it took."""
-
-    def __init__(self, launched: Launched):
-        self.launched = launched
-        self.memory = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in launched.tensors}
-        self.before = [s.clone() for s in self.memory.values()]
-        self.steps, self.executed, self.results, self.reached = 0, 0, [], set()
-
-    def run(self, executable: Executable, **options) -> list[torch.Tensor]:
-        for storage, before in zip(self.memory.values(), self.before, strict=True):
-            storage.copy_(before)
-        self.executed = self.launched.execute(executable, **options)
-        return [t.clone() for t in self.launched.tensors]
-
-    def caught(self, kernel: Kernel) -> str:
-        """How a changed kernel shows, or nothing."""
-        executable = Executable(Program(kernel))
-        for seed in (3, 0, 1):
-            try:
-                results = self.run(executable, seed=seed, limit=20 * self.steps + 10000)
-            except Fault as fault:
-                return str(fault)
-            for want, got in zip(self.results, results, strict=True):
-                if not torch.equal(want.contiguous().view(torch.uint8), got.contiguous().view(torch.uint8)):
-                    return "another result"
-        return ""
-
-
-def every(rows) -> list[tuple[Case, torch.dtype]]:
-    return [
-        (replace(case, q_len=q_len, kv_len=kv_len), dtype) for case, dtype, sizes in rows for q_len, kv_len in sizes
-    ]
-
-
-def record(target: str) -> dict[str, list[Replay]]:
-    """The launches of LAYERS and STEPS by the build they run; every build with all of its launches."""
-    replays: list[Replay] = []
-    with compiled(target, observe=lambda launched: replays.append(Replay(launched))) as driver:
-        for case, dtype in every(LAYERS):
-            inputs = spaced(make(case, dtype))
-            run(inputs, exact(inputs)[-1], "triton")
-        for case, dtype in every(STEPS):
-            inputs = spaced(make(case, dtype))
-            for head in ([case.heads - 1, -1], [-1, 0]):
-                options = dict(attention_mask=inputs.attention_mask, backend="triton", **inputs.rules)
-                tensors = inputs.query, inputs.key, inputs.value
-                shared_map_attention(*tensors, torch.tensor(head, dtype=torch.int32), **options)
-    builds: dict[int, list[Replay]] = defaultdict(list)
-    for replay in replays:
-        program = replay.launched.program
-        executable = next(e for e in driver.executables.values() if e.program is program)
-        replay.results, replay.reached = replay.run(executable, seed=3), executable.reached()
-        replay.steps = replay.executed
-        builds[id(program)].append(replay)
-    return {f"{target} {number} {group[0].launched.name}": group for number, group in enumerate(builds.values())}
-
-
 RECORDED: dict[str, dict[str, list[Replay]]] = {}
+
+
+def recorded(target: str) -> dict[str, list[Replay]]:
+    if target not in RECORDED:
+        RECORDED[target] = by_build(launches(target), target)
+    return RECORDED[target]
+
+
+def feeling(replays: list[Replay], mutant: Mutant) -> list[Replay]:
+    """The launches in which a change does anything, the shortest first."""
+    line = replays[0].launched.program.kernel.statements[mutant.at].line
+    return sorted((r for r in replays if r.happened.get(line, 0) & mutant.feels), key=lambda r: r.steps)
 
 
 def examine(target: str, build: str, mutants: list[Mutant]) -> list[str]:
     """For each mutant how it was caught, or nothing. In a process of its own."""
-    if target not in RECORDED:
-        RECORDED[target] = record(target)
-    replays = RECORDED[target][build]
+    replays = recorded(target)[build]
     kernel = replays[0].launched.program.kernel
     found = []
     for mutant in mutants:
-        other = changed(kernel, mutant)
-        found.append(next((how for replay in replays if (how := replay.caught(other))), ""))
+        executable = Executable(Program(changed(kernel, mutant)))
+        found.append(next((how for replay in feeling(replays, mutant) if (how := replay.caught(executable))), ""))
     return found
 
 
-def survey(targets, sample: int, seed: int, processes: int) -> tuple[Counter, Counter, Counter, list[str]]:
-    """By operator: changes tried, caught, and at code that no problem reaches, which are not tried; and the survivors.
+class Survey(NamedTuple):
+    """By operator: changes tried, caught, survived though listed as equivalent, and felt by no problem, not tried."""
 
-    sample: how many are tried, 0 for all.
-    """
-    work, unreached = [], Counter()
+    tried: Counter
+    caught: Counter
+    equivalent: Counter
+    unfelt: Counter
+    survivors: list[str]  # that are not listed
+    stale: set[int]  # lines of the list that no survivor needed
+
+
+def listed() -> list[tuple[int, re.Pattern, str]]:
+    """The list of equivalent changes: the line, what it is about, and why."""
+    rows = [(number, line.split(" | ")) for number, line in enumerate(LIST.read_text().splitlines(), 1)]
+    return [(number, re.compile(" \\| ".join(row[:-1])), row[-1]) for number, row in rows if not row[0].startswith("#")]
+
+
+def survey(targets, sample: int, seed: int, processes: int, operators=()) -> Survey:
+    """sample: how many are tried, 0 for all. operators: of which ones, if not of all."""
+    work, unfelt = [], Counter()
     for target in targets:
-        RECORDED[target] = record(target)
-        for build, replays in RECORDED[target].items():
-            kernel = replays[0].launched.program.kernel
-            reached = set().union(*(replay.reached for replay in replays))
-            for mutant in mutants_of(kernel):
-                if kernel.statements[mutant.at].line in reached:
+        for build, replays in recorded(target).items():
+            for mutant in mutants_of(replays[0].launched.program.kernel):
+                if operators and mutant.operator not in operators:
+                    continue
+                if feeling(replays, mutant):
                     work.append((target, build, mutant))
                 else:
-                    unreached[mutant.operator] += 1
+                    unfelt[mutant.operator] += 1
     if sample:
         work = random.Random(seed).sample(work, min(sample, len(work)))
         work.sort(key=lambda w: w[:2])
     chunks = [work[i : i + 8] for i in range(0, len(work), 8)]
-    tried, caught, survivors = Counter(), Counter(), []
     jobs = [
         (t, b, [w[2] for w in chunk if w[:2] == (t, b)])
         for chunk in chunks
         for t, b in dict.fromkeys(w[:2] for w in chunk)
     ]
+    tried, caught, equivalent, survivors = Counter(), Counter(), Counter(), []
+    reasons = listed()
+    stale = {number for number, _, _ in reasons}
     with ProcessPoolExecutor(processes) as pool:
         for (target, build, mutants), found in zip(jobs, pool.map(examine, *zip(*jobs, strict=True)), strict=True):
-            kernel = RECORDED[target][build][0].launched.program.kernel
+            kernel = recorded(target)[build][0].launched.program.kernel
             for mutant, how in zip(mutants, found, strict=True):
-                statement = kernel.statements[mutant.at]
                 tried[mutant.operator] += 1
                 caught[mutant.operator] += bool(how)
-                if not how:
-                    place = f"{build} | {mutant.operator} | {statement.location} | line {statement.line}"
-                    survivors.append(f"{place}: {statement} -> {mutant.statement or 'nothing'}")
-    return tried, caught, unreached, survivors
+                if how:
+                    continue
+                statement = kernel.statements[mutant.at]
+                what = f"{kernel.name} | {mutant.operator} | {statement.location} | {statement} -> {mutant.statement}"
+                numbers = [number for number, pattern, _ in reasons if pattern.fullmatch(what)]
+                stale -= set(numbers)
+                equivalent[mutant.operator] += bool(numbers)
+                if not numbers:
+                    survivors.append(f"{build} | {what.split(' | ', 1)[1]} | line {statement.line}")
+    return Survey(tried, caught, equivalent, unfelt, survivors, stale)
 
 
 def main() -> int:
@@ -322,14 +286,20 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="sites to try, chosen at random; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", nargs="+", default=["sm_80", "sm_90"])
+    parser.add_argument("--operator", nargs="+", default=[], help="only these")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    tried, caught, unreached, survivors = survey(options.target, options.sample, options.seed, os.cpu_count() or 1)
-    print("\n".join(survivors))
+    result = survey(options.target, options.sample, options.seed, options.processes, options.operator)
+    print("\n".join(result.survivors))
+    for number in sorted(result.stale) if not options.sample and not options.operator else ():
+        print(f"{LIST.name}, line {number}: no change survived that it is about")
     failed = False
-    for operator in sorted(tried):
-        print(f"{operator:12} {caught[operator]:5} of {tried[operator]:5} caught, {unreached[operator]:5} not reached")
-        failed |= operator in STRICT and caught[operator] < tried[operator]
-    print(f"{'all':12} {caught.total():5} of {tried.total():5} caught, {unreached.total():5} not reached")
+    for operator in [*sorted(result.tried | result.unfelt), "all"]:
+        tried, caught, equivalent, unfelt = (
+            counter.total() if operator == "all" else counter[operator] for counter in result[:4]
+        )
+        print(f"{operator:12} {caught:5} of {tried:5} caught, {equivalent:4} equivalent, {unfelt:5} felt by no problem")
+        failed |= operator in STRICT and caught < tried
     return int(failed)
 
 

@@ -245,11 +245,13 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
     in_ = &program_.code[pc];
     operands_ = &program_.operands[in_->operands];
     ++executed;
-    program_.reached[pc] |= 1;
+    note(CAME, ALL);
     ++warp.pc;
     active_ = warp.mask;
     if (in_->guard >= 0) {
       active_ &= *warp.at<u32>(in_->guard) ^ (in_->negated ? ALL : 0);
+      note(GUARD_TRUE, active_);
+      note(GUARD_FALSE, warp.mask & ~active_);
     }
     if (program_.wgmma) {
       check_registers();
@@ -409,7 +411,7 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
           warp.copies.clear();
         }
         while (static_cast<i64>(warp.copy_groups.size()) > std::max<i64>(in_->immediate, 0)) {
-          program_.reached[pc] |= 2;
+          note(SENSITIVE, ALL);
           for (const Copy& copy : warp.copy_groups.front()) {
             u8 data[16] = {};
             if (copy.valid) {
@@ -434,7 +436,7 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
         warp.multiplies.clear();
         break;
       case WGMMA_WAIT:
-        program_.reached[pc] |= warp.multiply_groups.size() > static_cast<size_t>(in_->immediate) ? 2 : 0;
+        note(SENSITIVE, warp.multiply_groups.size() > static_cast<size_t>(in_->immediate));
         finish_multiplies(static_cast<size_t>(in_->immediate));
         break;
       case PROXY_FENCE: block.shared.proxy_fence(warp.index); break;

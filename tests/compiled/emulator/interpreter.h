@@ -64,6 +64,9 @@ class Interpreter {
     }
   }
 
+  void note(Reached flag, u32 where) {
+    program_.reached[pc] |= where ? flag : 0;
+  }
   void set_predicate(int i, u32 value) {
     u32* to = operand<u32>(i);
     *to = (*to & ~active_) | (value & active_);
@@ -71,10 +74,12 @@ class Interpreter {
   template <typename S, typename F>
   void compare(F f) {
     const S *a = operand<S>(1), *b = operand<S>(2);
-    u32 all = 0;
+    u32 all = 0, equal = 0;
     for (int lane = 0; lane < LANES; ++lane) {
       all |= static_cast<u32>(f(a[lane], b[lane])) << lane;
+      equal |= static_cast<u32>(a[lane] == b[lane]) << lane;
     }
+    note(SENSITIVE, equal & active_);
     set_predicate(0, all);
   }
   // Predicate 0 of the lower halves, 1 of the upper ones.
@@ -93,6 +98,8 @@ class Interpreter {
     const u32 which = *operand<u32>(3);
     S* to = operand<S>(0);
     const S *a = operand<S>(1), *b = operand<S>(2);
+    note(TOOK_FIRST, which & active_);
+    note(TOOK_SECOND, ~which & active_);
     for (int lane = 0; lane < LANES; ++lane) {
       if (active_ >> lane & 1) {
         to[lane] = which >> lane & 1 ? a[lane] : b[lane];
@@ -248,6 +255,7 @@ inline void Interpreter::shuffle() {
     }
     predicate |= static_cast<u32>(inside) << lane;
     operand<u32>(0)[lane] = from[source];
+    note(SENSITIVE, from[source] != from[lane]);
   }
   if (wants_predicate) {
     set_predicate(1, predicate);

@@ -48,13 +48,17 @@ struct Instruction {
 };
 static_assert(sizeof(Instruction) == 32);
 
+// What happened at an instruction so far. SENSITIVE: a comparison's two sides were equal in a lane, a shuffle brought a
+// lane another value than its own, a wait had something to wait for.
+enum Reached : u8 { CAME = 1, SENSITIVE = 2, GUARD_TRUE = 4, GUARD_FALSE = 8, TOOK_FIRST = 16, TOOK_SECOND = 32 };
+
 struct Program {
   std::vector<Instruction> code;
   std::vector<i32> operands;
   std::vector<u64> constants;  // pairs: a slot, and the 64 bits to put there in every lane
   int slots;
   bool wgmma;
-  mutable std::vector<u8> reached;  // by instruction: 1, a warp came to it; + 2, a wait that had something to wait for
+  mutable std::vector<u8> reached;  // by instruction, of Reached
 };
 
 struct Group {  // lanes at one place of the program
