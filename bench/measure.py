@@ -1,6 +1,6 @@
 """Measure this machine: attention layers, then a whole model; prints the tables.
 
-python bench/measure.py               a few minutes on two CPU cores; writes into build/bench, or --out
+python bench/measure.py               about a minute on two CPU cores; writes into build/bench, or --out
 python bench/measure.py --publish     also puts the results into the repository (bench/publish.py), unless the machine
                                       is busy before or was during the run
 """
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if chosen.publish:
             publish.refuse_a_busy_machine()
-        print(f"Measuring; a few minutes on two quiet CPU cores. Results go to {chosen.out}.", flush=True)
+        print(f"Measuring; about a minute on two quiet CPU cores. Results go to {chosen.out}.", flush=True)
         start = time.monotonic()
         for script in ("attention.py", "model.py"):
             command = [sys.executable, Path(__file__).with_name(script), "--out", chosen.out]
