@@ -1,7 +1,8 @@
 // A lowered program and the state of what runs it. ../lowering.py writes programs: names and layouts here are read there.
 #pragma once
 
-#include "memory.h"
+#include "global.h"
+#include "shared.h"
 
 namespace emulator {
 
