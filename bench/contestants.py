@@ -148,17 +148,17 @@ def shared_map(backend: str) -> Callable[[Inputs], Tensor]:
 
 
 def decoding_in(programs: int) -> Callable[[Inputs], Tensor]:
-    """The Triton decoding kernel split into about so many programs, where it ships with decode.PROGRAMS."""
+    """The Triton decoding kernel split into about so many programs, where it ships with few_rows.PROGRAMS."""
     shipped = shared_map("triton")
 
     def run(inputs: Inputs) -> Tensor:
-        from eah_kernels.triton import decode
+        from eah_kernels.triton import few_rows
 
-        before, decode.PROGRAMS = decode.PROGRAMS, programs
+        before, few_rows.PROGRAMS = few_rows.PROGRAMS, programs
         try:
             return shipped(inputs)
         finally:
-            decode.PROGRAMS = before
+            few_rows.PROGRAMS = before
 
     return run
 

@@ -24,7 +24,7 @@ import torch
 from contestants import SDPA, sdpa
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.triton import attend, decode, lse, sinks
+from eah_kernels.triton import attend, few_rows, lse, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem
 from layers import Inputs, Layer, make_inputs
@@ -66,7 +66,7 @@ def launches(layer: Layer, inputs: Inputs, variant: Variant = SHIPPED) -> dict[s
     batch, heads, length, _ = query.shape
     output, head = empty_output(query, value), torch.zeros(batch, dtype=torch.int32, device=query.device)
     if layer.rows:
-        split, combined = decode.decode(problem, value, head, output)
+        split, combined = few_rows.few_rows(problem, value, head, output)
         found = {"decode": [split], "decode, combining": [combined]}
     else:
         minus_lse = query.new_empty(batch, heads, lse.padded_length(length), dtype=torch.float32)

@@ -8,11 +8,11 @@ Columns: registers a thread, bytes spilled, shared memory in KiB, the matrix ins
 Then, for NVIDIA, of each steady-state loop (blocks that every row sees whole, whatever the mask): instructions a thread
 issues per score; the same of the loop over the other blocks, at edges and where a mask splits them; and the clocks of a
 multiprocessor per score that the former's issues, exps and matrix products take alone. That is a model.
-`attend` has two loops: for the shared map and, with a running maximum, for a head's own map. `pack` and `decode` have
+`attend` has two loops: for the shared map and, with a running maximum, for a head's own map. `pack` and `few_rows` have
 none that counts.
 
 Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, spills without
-the tile table (eah_kernels/triton/configs.py) saying why, or reads shared memory through the async proxy without a
+the tile table (eah_kernels/triton/tiles.py) saying why, or reads shared memory through the async proxy without a
 fence (fences.py; wgmma and tcgen05, so sm_90 and sm_100); on sm_90 in 16 bits, masked or not, also when a statistics
 loop issues more than 10 % above the floor of its exps and matrix products, the shared map has no loop without a running
 maximum, a loop loads scalars from global memory, or a boolean mask more than doubles what a loop issues.
@@ -36,10 +36,10 @@ from triton.backends.compiler import GPUTarget
 
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.triton import attend, decode, lse, pack, sinks
+from eah_kernels.triton import attend, few_rows, lse, pack, sinks
 from eah_kernels.triton.bundles import Choice, Tally
-from eah_kernels.triton.configs import HEAD_DIMS, TILES
 from eah_kernels.triton.launch import Launch, Problem
+from eah_kernels.triton.tiles import HEAD_DIMS, TILES
 from fences import unfenced_reads
 from sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop
 
@@ -91,7 +91,7 @@ class Row(NamedTuple):
     @property
     def matrix(self) -> str:
         target = TARGETS[self.target]
-        if self.kernel == "decode" and target.gpu.backend == "cuda":
+        if self.kernel == "few_rows" and target.gpu.backend == "cuda":
             return "HMMA"  # 16 rows are too few for the larger instructions
         return target.matrix_float32 if self.kind == "float32" else target.matrix
 
@@ -105,7 +105,7 @@ class Cost(NamedTuple):
     loops: dict[str, Loop | None] | None = None  # by what they compute
 
 
-# online? "decode" waits for memory, not for its loop
+# online? "few_rows" waits for memory, not for its loop
 LOOPS = {"lse": {"lse": True}, "sinks": {"sinks": False}, "attend": {"shared map": False, "own map": True}}
 
 
@@ -134,7 +134,7 @@ def _tool(name: str, *arguments: str) -> str:
 def make_launch(row: Row) -> Launch:
     """The row's kernel as it is launched for a LLaVA-like layer: 32 heads, 1024 tokens, a batch of 2."""
     batch, heads, length = 2, 32, 1024
-    q_len = 1 if row.kernel == "decode" else length
+    q_len = 1 if row.kernel == "few_rows" else length
 
     def empty(*shape, dtype=row.dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -151,7 +151,7 @@ def make_launch(row: Row) -> Launch:
     tally = Tally(*(empty(batch, *shape, dtype=torch.int32) for shape in ((heads,), (2,))))
     head = empty(batch, dtype=torch.int32)
     minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
-    packing = pack.pack(problem) if problem.mask_form and row.kernel != "decode" else None
+    packing = pack.pack(problem) if problem.mask_form and row.kernel != "few_rows" else None
     if row.kernel == "pack":
         return packing
     if row.kernel == "lse":
@@ -159,15 +159,15 @@ def make_launch(row: Row) -> Launch:
     if row.kernel == "sinks":
         return sinks.sinks(problem, image_mask, minus_lse, 0.002, tally, choice=Choice(head, 0.0))
     output = empty_output(query, value)
-    if row.kernel == "decode":
-        return decode.decode(problem, value, head, output)[0]
+    if row.kernel == "few_rows":
+        return few_rows.few_rows(problem, value, head, output)[0]
     return attend.attend(problem, value, head, output, minus_lse)
 
 
 def rows(everything: bool) -> list[Row]:
     """Every row of the table, under every mask form; or sm_90's, and the plain output at head dim 128 of the others.
 
-    Of `decode` then only that on sm_90: CI has time for 40 builds.
+    Of `few_rows` then only that on sm_90: CI has time for 40 builds.
     """
     table = [
         Row(kernel, target, kind, head_dim, mask)
@@ -181,7 +181,7 @@ def rows(everything: bool) -> list[Row]:
         primary = ("attend", "plain", 128)
         table = [r for r in table if r.target == "sm_90" or (r.kernel, r.kind, r.head_dim) == primary]
         table = [r for r in table if r.mask == "bias" or r.head_dim == 128]
-        table = [r for r in table if r.kernel != "decode" or (r.kind, r.head_dim) == primary[1:]]
+        table = [r for r in table if r.kernel != "few_rows" or (r.kind, r.head_dim) == primary[1:]]
     targets = TARGETS if everything else ("sm_90",)
     return table + [Row("pack", target, "masked", 128, mask) for target in targets for mask in ("key", "bias")]
 
@@ -196,7 +196,7 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     problems = []
     if cost.shared_bytes > target.shared_kib * 1024:
         problems.append(f"more than {target.shared_kib} KiB of shared memory")
-    if (loops or row.kernel == "decode") and row.matrix not in cost.code:
+    if (loops or row.kernel == "few_rows") and row.matrix not in cost.code:
         problems.append(f"no {row.matrix} instruction")
     if cost.spill_bytes and not tile.spills:
         problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")

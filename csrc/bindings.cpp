@@ -1,4 +1,4 @@
-// The module eah_kernels._C: two ops for CPU tensors, which eah_kernels/native.py calls.
+// The module eah_kernels._C: two ops for CPU tensors, which eah_kernels/native/cpu.py calls.
 //
 // Importing it checks that torch is the version it was built with before anything of torch is called.
 

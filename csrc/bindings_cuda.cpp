@@ -1,5 +1,5 @@
 // The module eah_kernels._cuda: two ops for CUDA tensors of the current device and the scratch memory they want, in
-// floats. eah_kernels/native_cuda.py calls them after it has checked the tensors.
+// floats. eah_kernels/native/cuda.py calls them after it has checked the tensors.
 //
 // Only torch's stable ABI and Python's limited API are used, so that one build serves every torch from 2.10 on.
 

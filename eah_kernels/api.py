@@ -91,7 +91,7 @@ def eah_attention(
         softcap: c > 0 turns the scaled score s into c * tanh(s / c).
         backend: "auto" (see backends.py), "reference" (eager, differentiable), "torch" (blocked, any device),
             "triton" (CUDA or ROCm device, or TRITON_INTERPRET=1) or "native" (the C++ extension: CPU, and on CUDA
-            devices what native_cuda.py takes). A named backend never falls back.
+            devices what native/cuda.py takes). A named backend never falls back.
 
     Returns:
         EAHResult. A row of `output` that sees no key is 0. A batch row without image token has head -1 and counts 0.

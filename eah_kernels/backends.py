@@ -11,9 +11,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from eah_kernels import native, native_cuda
+from eah_kernels.native import cpu, cuda
 
-MODULES = {"torch": "eah_kernels.blocked", "triton": "eah_kernels.triton", "native": "eah_kernels.native"}
+MODULES = {"torch": "eah_kernels.torch_blocked", "triton": "eah_kernels.triton", "native": "eah_kernels.native"}
 BACKENDS = ("auto", "reference", *MODULES)
 
 
@@ -44,10 +44,10 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "float64 has no native kernel; accepted are float16, bfloat16 and float32"
     if device.type == "cuda":
-        return native_cuda.why_not()
+        return cuda.why_not()
     if device.type != "cpu":
         return f"it runs on CPUs and CUDA devices; the device here is {device}"
-    return native.why_not()
+    return cpu.why_not()
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -81,4 +81,4 @@ def _triton() -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:3])
 
 
-_triton._dynamo_marked_constant = True  # as in native.py
+_triton._dynamo_marked_constant = True  # as in native/cpu.py

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eah_kernels import EAHResult, eah_attention, native, reference, shared_map_attention, sink_statistics
+from eah_kernels import EAHResult, eah_attention, reference, shared_map_attention, sink_statistics
 from eah_kernels.masks import Scoring
+from eah_kernels.native import cpu
 
-WHY_NOT_NATIVE = native.why_not()
+WHY_NOT_NATIVE = cpu.why_not()
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(WHY_NOT_NATIVE is not None, reason=str(WHY_NOT_NATIVE)))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eah_kernels import blocked, heads_by_row, reference, seeing_rows, shared_map_attention, sink_statistics
+from eah_kernels import heads_by_row, reference, seeing_rows, shared_map_attention, sink_statistics, torch_blocked
 from eah_kernels.selection import densest_head
 from support import NATIVE, Case, assert_close, make, pick_threshold
 
@@ -53,7 +53,7 @@ def by_definition(inputs):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_row_equals_the_definition(case, monkeypatch):
-    monkeypatch.setattr(blocked, "ROWS", 16)
+    monkeypatch.setattr(torch_blocked, "ROWS", 16)
     inputs = make(case)
     means = by_definition(inputs)
     threshold = pick_threshold(means[..., -1, :], inputs.image_mask)

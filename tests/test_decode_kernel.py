@@ -90,12 +90,12 @@ def test_up_to_sixteen_rows(kernel_device, monkeypatch):
 
     calls = []
 
-    def decode(problem, *arguments):
+    def few_rows(problem, *arguments):
         calls.append(problem.query.shape[2])
         return launch(problem, *arguments)
 
-    launch = triton._decode.decode
-    monkeypatch.setattr(triton._decode, "decode", decode)
+    launch = triton._few_rows.few_rows
+    monkeypatch.setattr(triton._few_rows, "few_rows", few_rows)
     for q_len in (1, 16, 17):
         check(Case(q_len=q_len, kv_len=40), "triton", torch.float32, kernel_device)
     assert set(calls) == {1, 16}

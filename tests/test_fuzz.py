@@ -5,12 +5,12 @@ import random
 import pytest
 
 import fuzz
-from eah_kernels import blocked
+from eah_kernels import torch_blocked
 from support import LAYOUTS
 
 
 def test_a_planted_fault_is_found_and_made_simple(monkeypatch, tmp_path):
-    right = blocked.shared_map_attention
+    right = torch_blocked.shared_map_attention
 
     def assuming(query, key, value, head, scoring):
         """As if a head's entries lay side by side."""
@@ -21,7 +21,7 @@ def test_a_planted_fault_is_found_and_made_simple(monkeypatch, tmp_path):
         layouts=("reversed", "sliced", "plain", "plain", "negated", "sliced", "plain"),
     )  # fmt: skip
     assert fuzz.failure(problem) is None
-    monkeypatch.setattr(blocked, "shared_map_attention", assuming)
+    monkeypatch.setattr(torch_blocked, "shared_map_attention", assuming)
     assert "off by" in fuzz.failure(problem)
     least = fuzz.simplest(problem)
     plain = fuzz.Problem(function="shared_map_attention")

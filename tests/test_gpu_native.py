@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eah_kernels import eah_attention, native_cuda, reference, shared_map_attention
+from eah_kernels import eah_attention, reference, shared_map_attention
 from eah_kernels.backends import choose_backend
+from eah_kernels.native import cuda as native_cuda
 from support import Case, assert_close, exact, make, run
 from test_gpu import FAR, FAR_ELEMENTS
 from test_native_cuda import DECODE, HALF, PREFILL

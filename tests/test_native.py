@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eah_kernels import eah_attention, native, native_cuda, shared_map_attention, sink_statistics
+from eah_kernels import eah_attention, native, native_parts, shared_map_attention, sink_statistics
 from eah_kernels.backends import choose_backend
+from eah_kernels.native import cuda as native_cuda
 from support import NATIVE, WHY_NOT_NATIVE, Case, exact, make
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def test_older_processors(capability):
     """The builds for processors without AVX-512, and without oneDNN's products where torch has none for them."""
     if capability != "DEFAULT" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip(f"this processor has no {capability}")
-    package = Path(native.__file__).parents[1]
+    package = Path(native.__file__).parents[2]
     code = CONFORMANCE.format(tests=str(ROOT / "tests"), package=str(package), capability=capability)
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability.lower()}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -124,7 +125,7 @@ def test_on_cuda_it_is_used_when_named_and_not_by_auto(monkeypatch):
     try:
         with pytest.raises(ValueError, match=r"eah_kernels\._cuda is not built.*nvcc"):
             choose_backend("native", tensor)
-        assert "not built" in native.native_parts()["cuda"]
+        assert "not built" in native_parts()["cuda"]
     finally:
         native_cuda._load.cache_clear()
     monkeypatch.setattr(native_cuda, "_load", lambda: None)
@@ -140,17 +141,17 @@ def test_a_missing_extension_says_why(monkeypatch):
     with pytest.raises(ValueError, match=r'backend="native".*float64'):
         attend(inputs.widened())
     monkeypatch.setitem(sys.modules, "eah_kernels._C", None)
-    native._load.cache_clear()
+    native.cpu._load.cache_clear()
     try:
         with pytest.raises(ValueError, match=r'backend="native".*eah_kernels\._C is not built'):
             attend(inputs)
         assert choose_backend("auto", inputs.query) == "torch"
     finally:
-        native._load.cache_clear()
+        native.cpu._load.cache_clear()
 
 
 @needs_native
 def test_a_build_for_another_torch_is_refused():
-    code = "import torch; torch.__version__ = '2.1.0'; from eah_kernels import native; print(native.why_not())"
+    code = "import torch; torch.__version__ = '2.1.0'; from eah_kernels.native import cpu; print(cpu.why_not())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "built for torch" in done.stdout and "2.1.0" in done.stdout

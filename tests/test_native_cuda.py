@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eah_kernels import native_cuda
 from eah_kernels.masks import Scoring
+from eah_kernels.native import cuda as native_cuda
 from support import Case
 
 ROOT = Path(__file__).parents[1]

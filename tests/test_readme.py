@@ -110,9 +110,9 @@ def printed_errors(llava, monkeypatch, capsys):
         yield message(eah_attention, query, key, value, image_mask, backend="triton")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "eah_kernels._C", None)
-        native._load.cache_clear()
+        native.cpu._load.cache_clear()
         yield message(eah_attention, query, key, value, image_mask, backend="native")
-    native._load.cache_clear()
+    native.cpu._load.cache_clear()
     yield message(eah.enable, torch.nn.Linear(1, 1))
     with eah.enable(model):
         yield message(eah.enable, model)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 CODE = """
 from dataclasses import replace
 import resources
-from eah_kernels.triton import configs
+from eah_kernels.triton.tiles import TILES
 row = resources.Row("lse", "sm_90", "plain", 64)
 print(resources.build(row)[2])
 good = resources.TARGETS["sm_90"]
@@ -21,7 +21,7 @@ print(resources.build(row)[2])
 resources.TARGETS["sm_90"] = good
 row = resources.Row("attend", "sm_90", "float32", 256)
 print(resources.build(row)[2])
-kinds = configs.TILES["attend"]["sm_90"]
+kinds = TILES["attend"]["sm_90"]
 kinds["float32"] = tuple(replace(tile, spills="") for tile in kinds["float32"])
 print(resources.build(row)[2])
 """
@@ -37,16 +37,16 @@ def test_every_kind_of_wrong_build_is_told():
 
 
 def test_the_table_is_complete():
-    from eah_kernels.triton import configs
     from eah_kernels.triton.lse import LSE_PAD
     from eah_kernels.triton.pack import PAD
+    from eah_kernels.triton.tiles import HEAD_DIMS, TILES
 
-    for kernel, targets in configs.TILES.items():
+    for kernel, targets in TILES.items():
         assert set(targets) == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
         for kinds in targets.values():
             assert set(kinds) == {"plain", "masked", "float32"}
             for tiles in kinds.values():
-                assert len(tiles) == len(configs.HEAD_DIMS)
-                for tile, dim in zip(tiles, configs.HEAD_DIMS, strict=True):
+                assert len(tiles) == len(HEAD_DIMS)
+                for tile, dim in zip(tiles, HEAD_DIMS, strict=True):
                     assert LSE_PAD % tile.block_m == PAD % tile.block_m == PAD % tile.block_n == 0
                     assert kernel != "attend" or tile.value_width >= dim

@@ -78,7 +78,7 @@ def test_same_inputs_same_bits(backend, kernel_device):
 
 MEASURE = """
 import resource, torch
-from eah_kernels import eah_attention, blocked
+from eah_kernels import eah_attention, torch_blocked
 torch.set_num_threads(2)
 S, H, D = 4096, 8, 64
 q, k, v = (torch.randn(1, H, S, D) for _ in range(3))
@@ -86,7 +86,7 @@ image = torch.arange(S)[None] < 600
 eah_attention(q[:, :, :256], k[:, :, :256], v[:, :, :256], image[:, :256], backend="torch")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 eah_attention(q, k, v, image, threshold=1e-4, backend="torch")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, blocked.ROWS * S * 4, q.nbytes)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, torch_blocked.ROWS * S * 4, q.nbytes)
 """
 
 

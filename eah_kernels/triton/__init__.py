@@ -8,7 +8,7 @@ from torch import Tensor
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
 from eah_kernels.triton import attend as _attend
-from eah_kernels.triton import decode as _decode
+from eah_kernels.triton import few_rows as _few_rows
 from eah_kernels.triton import lse as _lse
 from eah_kernels.triton import pack as _pack
 from eah_kernels.triton import sinks as _sinks
@@ -55,9 +55,9 @@ def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     head = head.contiguous()
     batch, heads, q_len, _ = query.shape
     output = empty_output(query, value)
-    if q_len <= _decode.MAX_ROWS:
+    if q_len <= _few_rows.MAX_ROWS:
         with torch.cuda.device_of(query):
-            for launch in _decode.decode(problem, value, head, output):
+            for launch in _few_rows.few_rows(problem, value, head, output):
                 launch.run()
         return output
     minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)

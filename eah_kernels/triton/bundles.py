@@ -60,7 +60,7 @@ class Choice(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """What the stretches of keys leave behind in `decode`, float32."""
+    """What the stretches of keys leave behind in `few_rows`, float32."""
 
     out: Any  # (B, Hq, Sq, parts, DIM), relative to stat
     stat: Any  # (B, Hq, Sq, parts, 2): each row's maximum score and its sum of exponentials

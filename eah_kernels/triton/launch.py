@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eah_kernels.masks import Scoring
 from eah_kernels.triton.bundles import BIAS_MASK, BOOL_MASK, KEY_MASK, NO_MASK, Packed, Rules, Scale, Values, View
-from eah_kernels.triton.configs import Tile, find_tile
+from eah_kernels.triton.tiles import Tile, find_tile
 
 LOG2E = math.log2(math.e)
 LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing

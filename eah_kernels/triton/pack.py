@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from eah_kernels.triton.bundles import BIASED, CELL, HIDES, KEY_MASK, SHOWS, Packed, Scale, Sizes
-from eah_kernels.triton.configs import Tile
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, view
 from eah_kernels.triton.loads import at, head_of, row_of
 from eah_kernels.triton.scores import counting_rows, score_tile
+from eah_kernels.triton.tiles import Tile
 
 PAD = 128  # what is kept per row or key is padded to a multiple of this and so of every tile: no bounds to test
 CHUNK: tl.constexpr = tl.constexpr(1024)

@@ -16,7 +16,7 @@ import torch
 from emulator import Executable, element_ranges
 from lowering import Program
 
-from eah_kernels import native_cuda
+from eah_kernels.native import cuda as native_cuda
 
 ROOT = Path(__file__).parents[2]
 TORCH = Path(torch.__file__).parent

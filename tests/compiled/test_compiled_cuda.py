@@ -6,7 +6,8 @@ import pytest
 import torch
 from cuda_launch import CompiledCuda
 
-from eah_kernels import native_cuda, reference
+from eah_kernels import reference
+from eah_kernels.native import cuda as native_cuda
 from support import Case, assert_close, exact, make
 from test_native_cuda import DECODE, HALF, PREFILL
 

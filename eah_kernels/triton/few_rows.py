@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.bundles import NO_MASK, Partial, Sizes, View
-from eah_kernels.triton.configs import Tile
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, value_groups, view
 from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, load_values, row_of, value_columns
 from eah_kernels.triton.scores import score_tile, shown_keys
+from eah_kernels.triton.tiles import Tile
 
 MAX_ROWS = 16  # the height of a matrix instruction: up to this, more rows read no more and cost nothing
 MAX_SPLITS = 64
@@ -26,7 +26,7 @@ SPLITS = ["shared_splits", "own_splits"]  # these grow with kv_len
 
 
 @triton.jit
-def decode_rows(
+def stretch_rows(
     q, k, v, mask, partial, b, h, first_row, first_value, heads, split, splits, parts, sizes, scale,
     R: tl.constexpr, V: tl.constexpr, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,7 @@ def _row_by_row(q, b, head, row):
 
 
 @triton.jit(do_not_specialize=LENGTHS + SPLITS)
-def _decode_kernel(
+def _few_rows_kernel(
     q, k, v, mask, head_ptr, partial, shared_splits, own_splits, batch, units, heads, q_len, kv_len, window, scale,
     R: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def _decode_kernel(
     h = tl.load(head_ptr + b)
     if pid < units * shared_splits:
         if h >= 0:
-            decode_rows(
+            stretch_rows(
                 q, k, v, mask, partial, b, h, 0, pid % units * V.HEADS, heads, pid // units, shared_splits, parts,
                 sizes, scale, R, V, True, BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -126,7 +126,7 @@ def _decode_kernel(
         kv_head = pid % kv_heads
         pid = pid // kv_heads
         blocks = tl.cdiv(q_len * R.GROUP, BLOCK_M)
-        decode_rows(
+        stretch_rows(
             q, k, v, mask, partial, b, kv_head * R.GROUP, pid % blocks * BLOCK_M, kv_head, heads, pid // blocks,
             own_splits, parts, sizes, scale, R, V, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
@@ -166,12 +166,12 @@ def _combine_kernel(
     tl.store(out.ptr + feature * out.column, mixed, mask=feature < V.DIM)
 
 
-def decode(problem: Problem, value, head, out) -> tuple[Launch, Launch]:
+def few_rows(problem: Problem, value, head, out) -> tuple[Launch, Launch]:
     """Writes out (B, Hq, Sq, Dv), Sq <= MAX_ROWS, given head (B,)."""
     value = narrow(value)
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, kv_len, value_dim = value.shape[1:]
-    tile = problem.tile("decode", value_dim)
+    tile = problem.tile("few_rows", value_dim)
     units, values = value_groups(kv_heads, value_dim, tile)
     blocks = triton.cdiv(q_len * problem.rules.GROUP, tile.block_m)
     most = min(MAX_SPLITS, triton.cdiv(kv_len, SHORTEST))
@@ -184,7 +184,7 @@ def decode(problem: Problem, value, head, out) -> tuple[Launch, Launch]:
     common = dict(head_ptr=head, partial=partial, shared_splits=shared_splits, own_splits=own_splits)
     common |= dict(heads=heads, V=values)
     stretches = Launch(
-        _decode_kernel,
+        _few_rows_kernel,
         batch * (units * shared_splits + kv_heads * blocks * own_splits),
         tile,
         problem.arguments | common | dict(v=view(value), units=units),

@@ -1,4 +1,4 @@
-"""backend="native": the C++ kernels of csrc/ for CPU tensors, or why they cannot be used here. CUDA: native_cuda.py."""
+"""backend="native" on CPUs: the C++ kernels of csrc/cpu/, or why they cannot be used here."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from eah_kernels import native_cuda
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
 from eah_kernels.selection import select_head
-
-
-def native_parts() -> dict[str, str | None]:
-    """The parts of the native extension, "cpu" and "cuda": None where it is built and loads, else why not."""
-    return {"cpu": why_not(), "cuda": native_cuda.why_not()}
 
 
 def why_not() -> str | None:
@@ -42,8 +36,6 @@ def _load() -> str | None:
 
 
 def eah_attention(query, key, value, image_mask, threshold, min_density, scoring: Scoring):
-    if query.device.type == "cuda":
-        return native_cuda.eah_attention(query, key, value, image_mask, threshold, min_density, scoring)
     _, mean = torch.ops.eah_kernels_native.statistics(query, key, image_mask, False, *scoring)
     sink_counts = (mean > threshold).sum(-1, dtype=torch.int32)
     head = select_head(sink_counts, image_mask, min_density)
@@ -51,15 +43,11 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
 
 
 def sink_statistics(query, key, image_mask, threshold, return_column_mean, scoring: Scoring):
-    if query.device.type == "cuda":
-        return native_cuda.sink_statistics()
     lse, mean = torch.ops.eah_kernels_native.statistics(query, key, image_mask, True, *scoring)
     return (mean > threshold).sum(-1, dtype=torch.int32), lse, mean if return_column_mean else mean.new_empty(0)
 
 
 def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
-    if query.device.type == "cuda":
-        return native_cuda.shared_map_attention(query, key, value, head, scoring)
     output = empty_output(query, value)
     torch.ops.eah_kernels_native.attend(query, key, value, head, output, *scoring)
     return output

@@ -1,4 +1,4 @@
-"""backend="native" on a CUDA device: the kernels of csrc/cuda/, and what they take.
+"""backend="native" on CUDA devices: the kernels of csrc/cuda/, and what they take.
 
 `eah_attention` is one launch for prompts of up to 1024 tokens, `shared_map_attention` one for a decoding step (one
 query row). For sm_80 and up; its compiled PTX is executed on the CPU (tests/compiled), it was not yet run on a GPU.
@@ -27,7 +27,7 @@ def why_not() -> str | None:
     return _load()
 
 
-why_not._dynamo_marked_constant = True  # as in native.py
+why_not._dynamo_marked_constant = True  # as in cpu.py
 
 
 @cache
@@ -61,7 +61,7 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     return output, head, sink_counts
 
 
-def sink_statistics():
+def sink_statistics(*_):
     raise ValueError(
         'backend="native" cannot be used: on a CUDA device it has no statistics of their own; accepted are '
         'eah_attention with broadcast_to="all", and shared_map_attention with one query row'

@@ -164,7 +164,7 @@ TILES = {
             "float32": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 4, 2, 128), Tile(64, 16, 4, 1, 256)),
         },
     },
-    "decode": {
+    "few_rows": {
         "sm_80": {
             "plain": (Tile(16, 64, 8, 2, 512), Tile(16, 32, 8, 3, 512), Tile(16, 32, 8, 2, 512)),
             "masked": (Tile(16, 32, 8, 3, 512), Tile(16, 32, 8, 3, 512), Tile(16, 32, 8, 2, 512)),
@@ -196,7 +196,7 @@ INTERPRETER = Tile(64, 64, num_warps=4, num_stages=1, value_width=256)
 
 
 def find_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
-    """The row for "lse", "sinks", "attend" or "decode"; head_dim is the larger of the key's and the value's."""
+    """The row for "lse", "sinks", "attend" or "few_rows"; head_dim is the larger of the key's and the value's."""
     if target == "interpreter":
         return INTERPRETER
     kind = "float32" if dtype == torch.float32 else "masked" if masked else "plain"
