@@ -15,41 +15,41 @@ test: $(INSTALLED)
 
 # The PTX that Triton and nvcc compile, executed on the CPU: tests/compiled/README.md. ALL=1: every case; TRITON=3.6.0:
 # that version, laid over the environment; MUTANTS=all, or a number: then planted faults too.
-COMPILED = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 PYTHONPATH=$(if $(TRITON),$(VENV)/triton-$(TRITON):)tests
+COMPILED = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(if $(TRITON),PYTHONPATH=$(VENV)/triton-$(TRITON))
 compiled: $(INSTALLED) $(if $(TRITON),$(VENV)/triton-$(TRITON)/installed)
 	$(COMPILED) ALL=$(ALL) $(VENV)/bin/python -m pytest $(PARALLEL) tests/compiled
-	$(if $(MUTANTS),$(COMPILED) $(VENV)/bin/python tests/compiled/mutants.py --sample $(MUTANTS:all=0))
+	$(if $(MUTANTS),$(COMPILED) $(VENV)/bin/python -m tests.compiled.mutants --sample $(MUTANTS:all=0))
 $(VENV)/triton-%/installed: $(INSTALLED)
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(@D) triton==$*
 	touch $@
 
-# The tests of the swap on other versions of transformers, each laid over the environment from tests/NAME.txt.
-VERSIONS := $(patsubst tests/%.txt,%,$(wildcard tests/transformers-*.txt))
+# The tests of the swap on other versions of transformers, each laid over the environment from tests/transformers.
+VERSIONS := $(patsubst tests/transformers/%.txt,transformers-%,$(wildcard tests/transformers/*.txt))
 seam: $(VERSIONS:%=seam-%)
 seam-%: $(VENV)/%/installed
 	PYTHONPATH=$(abspath $(VENV)/$*) $(VENV)/bin/python -c "import transformers as t; assert '$*'.endswith(t.__version__), t"
 	PYTHONPATH=$(abspath $(VENV)/$*) $(VENV)/bin/python -m pytest $(PARALLEL) -m seam
 .SECONDARY: $(VERSIONS:%=$(VENV)/%/installed)
-$(VENV)/transformers-%/installed: tests/transformers-%.txt $(INSTALLED)
+$(VENV)/transformers-%/installed: tests/transformers/%.txt $(INSTALLED)
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(@D) -r $<
 	touch $@
 
 wheels: $(INSTALLED)
-	bash tests/wheels.sh $(VENV)/bin/python
+	bash tests/project/wheels.sh $(VENV)/bin/python
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 resources: $(INSTALLED)
-	TRITON_INTERPRET=0 $(VENV)/bin/python bench/resources.py $(if $(ALL),--all)
-	$(VENV)/bin/python bench/cuda_resources.py
+	TRITON_INTERPRET=0 $(VENV)/bin/python -m tests.compiled.resources $(if $(ALL),--all)
+	$(VENV)/bin/python -m tests.compiled.cuda_resources
 
 # Into build/bench; with PUBLISH=1 also into bench/results and docs/results.md, unless the machine is busy.
 bench: $(INSTALLED)
-	$(VENV)/bin/python bench/measure.py $(if $(PUBLISH),--publish)
+	$(VENV)/bin/python -m bench.measure $(if $(PUBLISH),--publish)
 
 # One part of 1 to 6 on a CUDA machine, with its own python3.
 PART ?= 1
@@ -59,7 +59,7 @@ bench-device:
 
 # Random problems against the reference: make fuzz MINUTES=10 SEED=7
 fuzz: $(INSTALLED)
-	$(VENV)/bin/python -W ignore tests/fuzz.py --minutes $(or $(MINUTES),1) $(if $(SEED),--seed $(SEED))
+	$(VENV)/bin/python -W ignore -m tests.kernels.fuzz --minutes $(or $(MINUTES),1) $(if $(SEED),--seed $(SEED))
 
 # The native kernels built for the sanitizers, all CPU capabilities, under their conformance tests and a minute of fuzz.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
@@ -69,9 +69,10 @@ sanitize: $(INSTALLED)
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" EAH_BUILD=cpu $(VENV)/bin/python setup.py -q \
 	    build --build-base build/sanitize --build-lib build/sanitize/lib
 	grep -q __asan_ build/sanitize/lib/eah_kernels/_C.abi3.so
-	$(SANITIZED) $(VENV)/bin/python -m pytest -o pythonpath="build/sanitize/lib python tests" \
-	    tests/test_native.py tests/test_backends.py tests/test_hidden.py -k "native and not missing"
-	PYTHONPATH=build/sanitize/lib $(SANITIZED) $(VENV)/bin/python -W ignore tests/fuzz.py --backends native \
+	$(SANITIZED) $(VENV)/bin/python -m pytest -o pythonpath="build/sanitize/lib python" \
+	    $(addprefix tests/kernels/test_,native.py backends.py hidden.py) -k "native and not missing"
+	cd build/sanitize/lib && PYTHONPATH=$(CURDIR) $(SANITIZED) $(abspath $(VENV))/bin/python -W ignore \
+	    -m tests.kernels.fuzz --backends native \
 	    --minutes $(or $(MINUTES),1) $(if $(SEED),--seed $(SEED))
 
 clean:

@@ -1,7 +1,7 @@
 """Measure attention layers: every contestant of a layer in one run, interleaved.
 
-    python bench/attention.py                 on the GPU if there is one, else a short run on the CPU
-    python bench/attention.py --base REV      our own code beside that of another revision, in alternating processes
+    python -m bench.attention                 on the GPU if there is one, else a short run on the CPU
+    python -m bench.attention --base REV      our own code beside that of another revision, in alternating processes
 
 Writes attention.json into --out after each layer and dtype. A contestant that fails its check against the reference,
 or fails later, is listed with the reason and not timed; the others go on.
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from contestants import check, contestants, published_eager
-from layers import CPU_LAYERS, LATENCY, PREFILL, Layer, make_inputs
-from machine import ROOT, Results
-from timing import Deadline, Graph, copies_needed, reason, spread, timed
+from .contestants import check, contestants, published_eager
+from .layers import CPU_LAYERS, LATENCY, PREFILL, Layer, make_inputs
+from .machine import ROOT, Results
+from .timing import Deadline, Graph, copies_needed, reason, spread, timed
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
 LAYERS = {"prefill": PREFILL, "latency": LATENCY, "cpu": CPU_LAYERS}
@@ -112,20 +112,20 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 
 def compare(revision: str, rounds: int) -> None:
     """Our own contestants of this tree and of `revision`, each in processes of its own, three times by turns."""
+    medians = {"this tree": {}, revision: {}}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["git", "worktree", "add", "-q", "--detach", folder, revision], cwd=ROOT, check=True)
-        try:
-            medians = {"this tree": {}, revision: {}}
-            for _ in range(3):
-                for name, tree in (("this tree", ROOT), (revision, folder)):
-                    environment = {**os.environ, "PYTHONPATH": f"{tree}"}
-                    command = [sys.executable, __file__, "--rows", "--rounds", str(rounds)]
-                    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-                    for row in json.loads(out):
-                        key = row["layer"], row["dtype"], row["contestant"]
-                        medians[name].setdefault(key, []).append(row.get("median_ms"))
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", folder], cwd=ROOT, check=True)
+        archive = subprocess.run(
+            ["git", "archive", revision, "eah_kernels"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+        )
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        for _ in range(3):
+            for name, tree in (("this tree", ROOT), (revision, folder)):
+                environment = {**os.environ, "PYTHONPATH": f"{ROOT}"}
+                command = [sys.executable, "-m", "bench.attention", "--rows", "--rounds", str(rounds)]
+                out = subprocess.check_output(command, cwd=tree, env=environment, text=True)
+                for row in json.loads(out):
+                    key = row["layer"], row["dtype"], row["contestant"]
+                    medians[name].setdefault(key, []).append(row.get("median_ms"))
     for key, ours in medians["this tree"].items():
         theirs = medians[revision].get(key)
         if theirs and None not in ours + theirs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from machine import ROOT
+from .machine import ROOT
 
 CUDA_PART = "import eah_kernels; print(eah_kernels.native_parts()['cuda'] or '')"
 

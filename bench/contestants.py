@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from eah_kernels import eah_attention, native_parts, shared_map_attention, sink_statistics
 from eah_kernels.masks import Scoring
 from eah_kernels.reference import attention_maps
-from layers import Inputs, Layer, make_inputs
+
+from .layers import Inputs, Layer, make_inputs
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # outputs of values drawn from N(0, 1)
 SDPA = {

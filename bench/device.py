@@ -30,16 +30,16 @@ from typing import NamedTuple
 
 import torch
 
-import summary
-from machine import ROOT
-from timing import Deadline
+from . import summary
+from .machine import ROOT
+from .timing import Deadline
 
 PART_SECONDS = 455
 GRACE = 10  # seconds to write what there is, once a step is told to stop
 PYTEST = ("-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider")
 SANITIZED = {  # small, and of every kind: prefill and decode, masks, a GQA group
-    "native": ("tests/test_gpu_native.py", "-k", "prefill and 113 or decode and 300"),
-    "triton": ("tests/test_gpu.py", "-k", "test_bfloat16 and 113 and (left or right or scattered)"),
+    "native": ("tests/gpu/test_native.py", "-k", "prefill and 113 or decode and 300"),
+    "triton": ("tests/gpu/test_triton.py", "-k", "test_bfloat16 and 113 and (left or right or scattered)"),
 }
 PROBE = "import torch; assert torch.ones(4, device='cuda').sum().item() == 4"
 OUTCOME = re.compile(r"(?:\[gw\d+\].*? )?(PASSED|FAILED|ERROR|SKIPPED) (\S+)|(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)")
@@ -70,13 +70,13 @@ def steps(part: int, folder: Path, commit: str | None = None) -> list[Step]:
     def script(name: str, seconds: int, file: str, *arguments: str) -> Step:
         limits = () if file == "environment" else ("--seconds", str(seconds - 30))
         options = ("--out", str(folder), *(("--commit", commit) if commit else ()))
-        return Step(name, (sys.executable, f"bench/{file}.py", *arguments, *limits, *options), seconds)
+        return Step(name, (sys.executable, "-m", f"bench.{file}", *arguments, *limits, *options), seconds)
 
     def tests(name: str, seconds: int, *arguments: str, before: tuple[str, ...] = (), after: str | None = None) -> Step:
         return Step(name, (*before, sys.executable, *PYTEST, *arguments), seconds, after)
 
     environment = script("environment", 40, "environment")
-    build = Step("build", (sys.executable, "bench/build_native.py"), 120)
+    build = Step("build", (sys.executable, "-m", "bench.build_native"), 120)
     if part == 1:
         workers = ("-n", str(os.cpu_count()), "--dist", "loadgroup", "--timeout", "120")
         return [environment, build, tests("tests", 300, *workers)]

@@ -3,6 +3,6 @@
 #     bash bench/device.sh PART FOLDER [--commit C]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=.:python:tests:bench PYTHONUNBUFFERED=1
+export PYTHONPATH=.:python PYTHONUNBUFFERED=1
 export TORCHINDUCTOR_COMPILE_THREADS=2 # of each test worker; there is one a core
-exec python3 bench/device.py "$@"
+exec python3 -m bench.device "$@"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from machine import Results, said
-from timing import spread, timed
+from .machine import Results, said
+from .timing import spread, timed
 
 
 def measure(rounds: int = 10, copy_bytes: int = 2**32, size: int = 8192) -> list[dict]:

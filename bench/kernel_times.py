@@ -1,8 +1,8 @@
 """Measure each Triton kernel alone, beside FlashAttention-2, in CUDA graphs that rotate through copies of the inputs.
 
-    python bench/kernel_times.py                            as shipped: kernels.json in --out
-    python bench/kernel_times.py --bounds                   what binds each, one cost taken away: bounds.json
-    python bench/kernel_times.py --bounds --exp-as-add      the same with an addition for each exp: bounds-add.json
+    python -m bench.kernel_times                            as shipped: kernels.json in --out
+    python -m bench.kernel_times --bounds                   what binds each, one cost taken away: bounds.json
+    python -m bench.kernel_times --bounds --exp-as-add      the same with an addition for each exp: bounds-add.json
 
 Costs that are taken away: `no L2` gives every token the first one's keys, queries and values by a stride of 0, so that
 a tile comes from the nearest cache; `1/8 products` multiplies 16 of the head dim's features, and of the values' (it
@@ -21,15 +21,16 @@ from typing import NamedTuple
 
 import torch
 
-from contestants import SDPA, sdpa
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
 from eah_kernels.triton import attend, few_rows, lse, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem
-from layers import Inputs, Layer, make_inputs
-from machine import ROOT, Results
-from timing import Deadline, Graph, copies_needed, reason, spread
+
+from .contestants import SDPA, sdpa
+from .layers import Inputs, Layer, make_inputs
+from .machine import ROOT, Results
+from .timing import Deadline, Graph, copies_needed, reason, spread
 
 LAYERS = (
     Layer("LLaVA-NeXT", 32, 32, 2928, image_tokens=2880),
@@ -133,11 +134,12 @@ def without_exp(folder: Path) -> None:
 
 
 def measure_without_exp(arguments: list[str]) -> int:
+    """By a process that is started in the copy's folder, which Python puts before this one."""
     with tempfile.TemporaryDirectory() as folder:
         without_exp(Path(folder))
-        environment = {**os.environ, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
-        command = [sys.executable, __file__, *arguments, "--exp-is-gone"]
-        return subprocess.run(command, env=environment).returncode
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        command = [sys.executable, "-m", "bench.kernel_times", *arguments, "--exp-is-gone"]
+        return subprocess.run(command, cwd=folder, env=environment).returncode
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,7 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="of the code measured, where there is no git")
     chosen = parser.parse_args(arguments)
     if chosen.exp_as_add and not chosen.exp_is_gone:
-        return measure_without_exp(sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        return measure_without_exp([*given, "--out", str(chosen.out.resolve())])
     exp, deadline = "add" if chosen.exp_is_gone else "exp", Deadline(chosen.seconds)
     name = "kernels.json" if not chosen.bounds else "bounds-add.json" if chosen.exp_is_gone else "bounds.json"
     results = Results(chosen.out / name, "cuda", chosen.commit, rounds=chosen.rounds)

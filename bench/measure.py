@@ -1,7 +1,7 @@
 """Measure this machine: attention layers, then a whole model; prints the tables.
 
-python bench/measure.py               about a minute on two CPU cores; writes into build/bench, or --out
-python bench/measure.py --publish     also puts the results into the repository (bench/publish.py), unless the machine
+python -m bench.measure               about a minute on two CPU cores; writes into build/bench, or --out
+python -m bench.measure --publish     also puts the results into the repository (bench/publish.py), unless the machine
                                       is busy before or was during the run
 """
 
@@ -13,9 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-import publish
-import report
-from machine import ROOT
+from . import publish, report
+from .machine import ROOT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,9 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
             publish.refuse_a_busy_machine()
         print(f"Measuring; about a minute on two quiet CPU cores. Results go to {chosen.out}.", flush=True)
         start = time.monotonic()
-        for script in ("attention.py", "model.py"):
-            command = [sys.executable, Path(__file__).with_name(script), "--out", chosen.out]
-            if subprocess.run(command).returncode:
+        for script in ("attention", "model"):
+            command = [sys.executable, "-m", f"bench.{script}", "--out", chosen.out.resolve()]
+            if subprocess.run(command, cwd=ROOT).returncode:
                 print(f"{script} failed; its file in {chosen.out} says what it left out.", file=sys.stderr)
                 return 1
         print(report.tables(chosen.out, essential=True))

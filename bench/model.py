@@ -1,6 +1,6 @@
 """A whole model: time to first token, decoding speed and peak memory with plain SDPA, with EAH, and as published.
 
-    python bench/model.py          LLaVA-1.5-7B's and Qwen2.5-VL-7B's shapes on a GPU; a LLaVA cut down to size on a CPU
+    python -m bench.model          LLaVA-1.5-7B's and Qwen2.5-VL-7B's shapes on a GPU; a LLaVA cut down to size on a CPU
 
 Random weights. "As published": eager attention in every layer, EAH by the eager reference. Writes model.json into
 --out after each model. A way that fails is listed with the reason; the others go on.
@@ -19,8 +19,9 @@ import torch
 import transformers
 
 import eah
-from machine import ROOT, Results
-from timing import Deadline, reason
+
+from .machine import ROOT, Results
+from .timing import Deadline, reason
 
 IMAGE = 9  # the placeholder's token id
 

@@ -1,6 +1,6 @@
 """Put measured results into the repository: bench/results/, its history, and the tables in docs/results.md.
 
-    python bench/publish.py FOLDER ...     results of one machine and commit; several folders are parts of one run
+    python -m bench.publish FOLDER ...     results of one machine and commit; several folders are parts of one run
 
 Refused for results that are not of a commit, and where a contestant's rounds differ too much to be told apart from what
 else the machine was doing: its 80th percentile above MOST_SPREAD times its 20th.
@@ -17,8 +17,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import report
-from machine import ROOT
+from . import report
+from .machine import ROOT
 
 MOST_SPREAD = 2.0
 MOST_LOAD = 0.25  # of the CPUs, before a run that is to be published

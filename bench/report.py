@@ -1,4 +1,4 @@
-"""Tables and a chart from the result files: `python bench/report.py [FOLDER ...]` prints the tables.
+"""Tables and a chart from the result files: `python -m bench.report [FOLDER ...]` prints the tables.
 
 bench/publish.py puts them into the repository.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from machine import ROOT
+from .machine import ROOT
 
 ESSENTIAL = ("eah", "attention", "held")
 

@@ -1,6 +1,6 @@
 """A second turn under decode="track": the enabled layer's attention call over SDPA's, timed in turns.
 
-    python bench/second_turn.py [--rounds 6] [--kv-heads 32] [--dtype float32] [--threads N]
+    python -m bench.second_turn [--rounds 6] [--kv-heads 32] [--dtype float32] [--threads N]
 
 256 tokens on a cache of 1500, 576 of them image tokens, in a Llama of two layers, 32 heads of 128 and random weights.
 """

@@ -6,8 +6,8 @@ For ratios measured side by side use bench/attention.py, whose contestants take 
 import pytest
 import torch
 
-from contestants import check, contestants
-from layers import CPU_LAYERS, LATENCY, PREFILL, make_inputs
+from .contestants import check, contestants
+from .layers import CPU_LAYERS, LATENCY, PREFILL, make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32

@@ -19,7 +19,7 @@ LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt l
 
 
 class Launch(NamedTuple):
-    """One kernel launch, ready to run or, in bench/resources.py, to compile without a device."""
+    """One kernel launch, ready to run or, in tests/compiled/resources.py, to compile without a device."""
 
     kernel: Any
     programs: int

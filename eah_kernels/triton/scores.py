@@ -105,7 +105,7 @@ def add_entries(tile, visible, biased, entry_ptr, stride_a, stride_b):
     """`tile`, scores or zeros, plus an additive mask's entries at visible pairs, if `biased`; the first at entry_ptr.
 
     Not to be called between two matrix products: after its branch Triton waits for the second one's operands apart,
-    past the only fence, and wgmma would read them without (bench/fences.py).
+    past the only fence, and wgmma would read them without (tests/compiled/fences.py).
     """
     if biased:
         local_a, local_b = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]

@@ -1,5 +1,6 @@
-"""These tests run by `make compiled` alone: in a process without Triton's interpreter, with TRITON_INTERPRET=0."""
+"""What executes compiled code runs by `make compiled` alone: without Triton's interpreter, with TRITON_INTERPRET=0."""
 
 import os
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "0" else ["test_*.py"]
+EXECUTING = ["test_compiled.py", "test_compiled_cuda.py", "test_emulator.py", "test_mutants.py"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "0" else EXECUTING

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-import ptx
 import torch
-from emulator import Executable, element_ranges
-from lowering import Program
 
 from eah_kernels.native import cuda as native_cuda
+
+from . import ptx
+from .emulator import Executable, element_ranges
+from .lowering import Program
 
 ROOT = Path(__file__).parents[2]
 TORCH = Path(torch.__file__).parent

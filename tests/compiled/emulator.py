@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lowering import Program
+
+from .lowering import Program
 
 SOURCES = Path(__file__).parent / "emulator"
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-Wall"]

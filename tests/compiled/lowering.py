@@ -11,7 +11,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from ptx import Kernel, PTXError, Statement
+
+from .ptx import Kernel, PTXError, Statement
 
 MACHINE = (Path(__file__).parent / "emulator/machine.h").read_text()
 OPS = {

@@ -1,6 +1,6 @@
 """Planted faults: every place where a fixed operator changes the compiled code, and whether the emulator notices.
 
-python tests/compiled/mutants.py [--sample N] [--seed S] [--target T ...]
+python -m tests.compiled.mutants [--sample N] [--seed S] [--target T ...]
 
 A change is caught when the emulator finds something wrong or a bit of a result differs from the unchanged code's, which
 test_compiled.py holds to the reference. Not tried are changes that no problem feels: code that is not reached, a wait
@@ -24,10 +24,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from emulator import CAME, GUARD_FALSE, GUARD_TRUE, SENSITIVE, TOOK_FIRST, TOOK_SECOND, Executable
-from lowering import Program
-from problems import Replay, by_build, launches
-from ptx import Kernel, Statement
+from .emulator import CAME, GUARD_FALSE, GUARD_TRUE, SENSITIVE, TOOK_FIRST, TOOK_SECOND, Executable
+from .lowering import Program
+from .problems import Replay, by_build, launches
+from .ptx import Kernel, Statement
 
 LIST = Path(__file__).parent / "equivalent.txt"
 BARRIERS = ("bar.sync", "barrier.sync")

@@ -12,12 +12,13 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from emulator import Executable, Fault
-from triton_launch import Launched, compiled
 
 from eah_kernels import shared_map_attention
 from eah_kernels.triton import launch as launching
-from support import Case, Inputs, exact, make, run
+
+from ..support.cases import Case, Inputs, exact, make, run
+from .emulator import Executable, Fault
+from .triton_launch import Launched, compiled
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 

@@ -1,18 +1,18 @@
 """The Triton kernels as compiled for a GPU, executed on the CPU, beside the float64 reference.
 
-ALL=1: every case of tests/test_backends.py and tests/test_decode_kernel.py, every dtype, and sm_89 too.
+ALL=1: every case of tests/kernels/test_{backends,decode_kernel}.py, every dtype, and sm_89 too.
 """
 
 import os
 
 import pytest
 import torch
-from triton_launch import compiled
 
-import test_backends
-import test_decode_kernel
 from eah_kernels import reference, shared_map_attention
-from support import Case, assert_close, check, exact, make, run
+
+from ..kernels import test_backends, test_decode_kernel
+from ..support.cases import Case, assert_close, check, exact, make, run
+from .triton_launch import compiled
 
 ALL = bool(os.environ.get("ALL"))
 TARGETS = ["sm_80", "sm_90", "sm_89"] if ALL else ["sm_80", "sm_90"]

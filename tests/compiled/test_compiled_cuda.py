@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 import torch
-from cuda_launch import CompiledCuda
 
 from eah_kernels import reference
 from eah_kernels.native import cuda as native_cuda
-from support import Case, assert_close, exact, make
-from test_native_cuda import DECODE, HALF, PREFILL
+
+from ..kernels.test_native_cuda import DECODE, HALF, PREFILL
+from ..support.cases import Case, assert_close, exact, make
+from .cuda_launch import CompiledCuda
 
 ORDERS = [(3, 0), (1, 1), (7, 2), (4, 3)]  # blocks, seed
 

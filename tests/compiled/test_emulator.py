@@ -1,12 +1,13 @@
 """What the emulator finds wrong, each with the code that is right beside it: kernels of a few lines of PTX."""
 
 import numpy as np
-import ptx
 import pytest
 import torch
-from emulator import Executable, Fault, element_ranges
-from lowering import Program
-from ptx import PTXError
+
+from . import ptx
+from .emulator import Executable, Fault, element_ranges
+from .lowering import Program
+from .ptx import PTXError
 
 HEADER = """
 .extern .shared .align 16 .b8 memory[];

@@ -2,14 +2,14 @@
 
 import os
 
-import mutants
 import pytest
-from emulator import Executable
-from lowering import Program
-from problems import Replay, spaced
-from triton_launch import compiled
 
-from support import Case, exact, make, run
+from ..support.cases import Case, exact, make, run
+from . import mutants
+from .emulator import Executable
+from .lowering import Program
+from .problems import Replay, spaced
+from .triton_launch import compiled
 
 SEED = int(os.environ.get("SEED", "0"))
 

@@ -13,16 +13,17 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
-import ptx
 import torch
 import triton
-from emulator import Executable, element_ranges, folder
-from lowering import Program
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
 from eah_kernels import backends
 from eah_kernels.triton import launch as launching
+
+from . import ptx
+from .emulator import Executable, element_ranges, folder
+from .lowering import Program
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 FORMATS = {"u64": "Q", "b64": "Q", "u32": "i", "s32": "i", "b32": "i", "f32": "f", "u16": "h", "u8": "b", "s64": "q"}

@@ -1,0 +1,1 @@
+"""Tests, by what they are about; CONTRIBUTING.md says what each folder is for and costs."""

@@ -1,0 +1,266 @@
+"""Build the shipped kernels ahead of time, without a GPU, and print what each costs.
+
+    python -m tests.compiled.resources          the builds CI makes: sm_90 in full, every other target's primary row
+    python -m tests.compiled.resources --all    every row of the tile table, masked ones under every form of mask
+
+Kind: plain, float32, or of 16 bits under a 2-D mask (key), a 4-D boolean (bool) or an additive one (bias).
+Columns: registers a thread, bytes spilled, shared memory in KiB, the matrix instruction found in the machine code.
+Then, for NVIDIA, of each steady-state loop (blocks that every row sees whole, whatever the mask): instructions a thread
+issues per score; the same of the loop over the other blocks, at edges and where a mask splits them; and the clocks of a
+multiprocessor per score that the former's issues, exps and matrix products take alone. That is a model.
+`attend` has two loops: for the shared map and, with a running maximum, for a head's own map. `pack` and `few_rows` have
+none that counts.
+
+Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, spills without
+the tile table (eah_kernels/triton/tiles.py) saying why, or reads shared memory through the async proxy without a
+fence (fences.py; wgmma and tcgen05, so sm_90 and sm_100); on sm_90 in 16 bits, masked or not, also when a statistics
+loop issues more than 10 % above the floor of its exps and matrix products, the shared map has no loop without a running
+maximum, a loop loads scalars from global memory, or a boolean mask more than doubles what a loop issues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from eah_kernels.layout import empty_output
+from eah_kernels.masks import Scoring
+from eah_kernels.triton import attend, few_rows, lse, pack, sinks
+from eah_kernels.triton.bundles import Choice, Tally
+from eah_kernels.triton.launch import Launch, Problem
+from eah_kernels.triton.tiles import HEAD_DIMS, TILES
+
+from .fences import unfenced_reads
+from .sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop
+
+
+class Target(NamedTuple):
+    gpu: GPUTarget
+    shared_kib: int  # a block may use
+    matrix: str  # the matrix instruction of 16-bit kernels, as the disassembly spells it
+    matrix_float32: str
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163, "HMMA", "HMMA"),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 99, "HMMA", "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227, "HGMMA", "HGMMA"),  # wgmma
+    # tcgen05, and for small float32 tiles mma.sync
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227, "UTCHMMA", "HMMA"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64, "v_mfma", "v_mfma"),
+}
+
+
+class StubDriver:
+    """What triton asks of a driver when it only compiles."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def get_current_device(self):
+        return self.name
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return TARGETS[self.name].gpu
+
+
+class Row(NamedTuple):
+    kernel: str
+    target: str
+    kind: str
+    head_dim: int
+    mask: str = "bias"  # of kinds but plain: key, bool, bias (launch.Problem)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.kind == "float32" else torch.bfloat16
+
+    @property
+    def matrix(self) -> str:
+        target = TARGETS[self.target]
+        if self.kernel == "few_rows" and target.gpu.backend == "cuda":
+            return "HMMA"  # 16 rows are too few for the larger instructions
+        return target.matrix_float32 if self.kind == "float32" else target.matrix
+
+
+class Cost(NamedTuple):
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    code: str  # machine code
+    ptx: str = ""
+    loops: dict[str, Loop | None] | None = None  # by what they compute
+
+
+# online? "few_rows" waits for memory, not for its loop
+LOOPS = {"lse": {"lse": True}, "sinks": {"sinks": False}, "attend": {"shared map": False, "own map": True}}
+
+
+def compile_launch(launch: Launch, target: str) -> Cost:
+    triton.runtime.driver.set_active(StubDriver(target))
+    compiled = launch.kernel.warmup(**launch.arguments, **launch.tile.options(), grid=(launch.programs,))
+    if target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spill = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]) * 4
+        return Cost(registers, spill, compiled.metadata.shared, text)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        sass = _tool("cuobjdump", "--dump-sass", cubin.name)
+    local = int(re.search(r"LOCAL:(\d+)", usage)[1]) + int(re.search(r"STACK:(\d+)", usage)[1])
+    return Cost(int(re.search(r"REG:(\d+)", usage)[1]), local, compiled.metadata.shared, sass, compiled.asm["ptx"])
+
+
+def _tool(name: str, *arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def make_launch(row: Row) -> Launch:
+    """The row's kernel as it is launched for a LLaVA-like layer: 32 heads, 1024 tokens, a batch of 2."""
+    batch, heads, length = 2, 32, 1024
+    q_len = 1 if row.kernel == "few_rows" else length
+
+    def empty(*shape, dtype=row.dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    query, key, value = (empty(batch, heads, rows, row.head_dim) for rows in (q_len, length, length))
+    mask = {
+        "key": empty(batch, length, dtype=torch.bool),
+        "bool": empty(batch, 1, q_len, length, dtype=torch.bool),
+        "bias": empty(batch, 1, q_len, length),
+    }[row.mask]
+    mask = None if row.kind == "plain" else mask
+    problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target)
+    image_mask = empty(batch, length, dtype=torch.bool)
+    tally = Tally(*(empty(batch, *shape, dtype=torch.int32) for shape in ((heads,), (2,))))
+    head = empty(batch, dtype=torch.int32)
+    minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
+    packing = pack.pack(problem) if problem.mask_form and row.kernel != "few_rows" else None
+    if row.kernel == "pack":
+        return packing
+    if row.kernel == "lse":
+        return lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally)
+    if row.kernel == "sinks":
+        return sinks.sinks(problem, image_mask, minus_lse, 0.002, tally, choice=Choice(head, 0.0))
+    output = empty_output(query, value)
+    if row.kernel == "few_rows":
+        return few_rows.few_rows(problem, value, head, output)[0]
+    return attend.attend(problem, value, head, output, minus_lse)
+
+
+def rows(everything: bool) -> list[Row]:
+    """Every row of the table, under every mask form; or sm_90's, and the plain output at head dim 128 of the others.
+
+    Of `few_rows` then only that on sm_90: CI has time for 40 builds.
+    """
+    table = [
+        Row(kernel, target, kind, head_dim, mask)
+        for kernel, targets in TILES.items()
+        for target, kinds in targets.items()
+        for kind in kinds
+        for head_dim in HEAD_DIMS
+        for mask in (("key", "bool", "bias") if kind == "masked" else ("bias",))
+    ]
+    if not everything:
+        primary = ("attend", "plain", 128)
+        table = [r for r in table if r.target == "sm_90" or (r.kernel, r.kind, r.head_dim) == primary]
+        table = [r for r in table if r.mask == "bias" or r.head_dim == 128]
+        table = [r for r in table if r.kernel != "few_rows" or (r.kind, r.head_dim) == primary[1:]]
+    targets = TARGETS if everything else ("sm_90",)
+    return table + [Row("pack", target, "masked", 128, mask) for target in targets for mask in ("key", "bias")]
+
+
+def build(row: Row) -> tuple[Row, Cost, list[str]]:
+    """What the row costs, and what is wrong with it."""
+    launch = make_launch(row)
+    cost = compile_launch(launch, row.target)
+    target, tile = TARGETS[row.target], launch.tile
+    elements = tile.block_m * tile.block_n / (32 * tile.num_warps)
+    loops = {name: steady_loop(cost.code, elements, online) for name, online in LOOPS.get(row.kernel, {}).items()}
+    problems = []
+    if cost.shared_bytes > target.shared_kib * 1024:
+        problems.append(f"more than {target.shared_kib} KiB of shared memory")
+    if (loops or row.kernel == "few_rows") and row.matrix not in cost.code:
+        problems.append(f"no {row.matrix} instruction")
+    if cost.spill_bytes and not tile.spills:
+        problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")
+    unfenced = unfenced_reads(cost.ptx)
+    if unfenced:
+        problems.append(f"{len(unfenced)} matrix instructions read shared memory without a proxy fence")
+    if row.target == "sm_90" and row.kind != "float32":
+        problems += [problem for name, loop in loops.items() for problem in loop_problems(row, name, loop)]
+    return row, cost._replace(code="", ptx="", loops=loops), problems
+
+
+def loop_problems(row: Row, name: str, loop: Loop | None) -> list[str]:
+    """What keeps a loop from the speed that the design counts on."""
+    if loop is None:
+        return [f"no {name} loop with matrix products and exps found"]
+    problems = []
+    floor = max(1 / EXPS_A_CLOCK, row.head_dim / MATRIX_A_CLOCK[row.target])
+    if row.kernel in ("lse", "sinks") and loop.issues / ISSUES_A_CLOCK > 1.1 * floor:
+        problems.append(f"issues {loop.issues:.1f} a score: more than 10 % above the floor")
+    if row.kind == "masked" and row.mask == "bool" and loop.edge_issues > 2 * loop.issues:
+        problems.append(
+            f"issues {loop.edge_issues:.1f} a score where the mask splits a block: more than twice {name}'s"
+        )
+    if loop.scalar_loads:
+        problems.append(f"{loop.scalar_loads} scalar loads in the {name} loop")
+    return problems
+
+
+def clocks(row: Row, name: str, loop: Loop, value_width: int) -> str:
+    """Clocks of a multiprocessor per score by what the loop issues, its exps and its matrix products: a model."""
+    text = f"{loop.issues:6.1f} {loop.edge_issues:5.1f} "
+    text += f"{loop.issues / ISSUES_A_CLOCK:6.3f} {loop.exps / EXPS_A_CLOCK:6.3f}"
+    if row.kind != "float32":
+        values = {"shared map": value_width, "own map": row.head_dim}.get(name, 0)
+        text += f" {(row.head_dim + values) / MATRIX_A_CLOCK[row.target]:6.3f}"
+    return f"{text:33} {name}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every row of the tile table")
+    chosen = rows(parser.parse_args().all)
+    print(f"{len(chosen)} builds, triton {triton.__version__}")
+    print("target  kernel dims  kind     block_m x block_n  warps stages  registers  spilled  shared KiB", end="")
+    print("  matrix   issues  edge  clocks: issue, exp, matrix")
+    failed = 0
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for row, cost, problems in pool.map(build, chosen):
+            tile = make_launch(row).tile
+            loops = [clocks(row, name, loop, tile.value_width) for name, loop in cost.loops.items() if loop]
+            failed += bool(problems)
+            kind = row.mask if row.kind == "masked" else row.kind
+            print(
+                f"{row.target:7} {row.kernel:6} {row.head_dim:4}  {kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
+                f"{tile.num_warps:5} {tile.num_stages:6}  {cost.registers:9}  {cost.spill_bytes:7}  "
+                f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {loops[0] if loops else ''}  {'; '.join(problems)}",
+                flush=True,
+            )
+            for loop in loops[1:]:
+                print(f"{'':92}{loop}")
+    print(f"{len(chosen)} builds, {failed} wrong")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""`make resources` says when a build is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+CODE = """
+from dataclasses import replace
+from tests.compiled import resources
+from eah_kernels.triton.tiles import TILES
+row = resources.Row("lse", "sm_90", "plain", 64)
+print(resources.build(row)[2])
+good = resources.TARGETS["sm_90"]
+resources.TARGETS["sm_90"] = good._replace(shared_kib=1, matrix="UTCHMMA")
+print(resources.build(row)[2])
+resources.TARGETS["sm_90"] = good
+row = resources.Row("attend", "sm_90", "float32", 256)
+print(resources.build(row)[2])
+kinds = TILES["attend"]["sm_90"]
+kinds["float32"] = tuple(replace(tile, spills="") for tile in kinds["float32"])
+print(resources.build(row)[2])
+"""
+
+
+def test_every_kind_of_wrong_build_is_told():
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
+    right, wrong, excused, spilling = map(eval, done.stdout.splitlines())
+    assert right == [] and excused == []
+    assert wrong == ["more than 1 KiB of shared memory", "no UTCHMMA instruction"]
+    assert len(spilling) == 1 and spilling[0].startswith("spills ")
+
+
+def test_the_table_is_complete():
+    from eah_kernels.triton.lse import LSE_PAD
+    from eah_kernels.triton.pack import PAD
+    from eah_kernels.triton.tiles import HEAD_DIMS, TILES
+
+    for kernel, targets in TILES.items():
+        assert set(targets) == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
+        for kinds in targets.values():
+            assert set(kinds) == {"plain", "masked", "float32"}
+            for tiles in kinds.values():
+                assert len(tiles) == len(HEAD_DIMS)
+                for tile, dim in zip(tiles, HEAD_DIMS, strict=True):
+                    assert LSE_PAD % tile.block_m == PAD % tile.block_m == PAD % tile.block_n == 0
+                    assert kernel != "attend" or tile.value_width >= dim

@@ -1,0 +1,1 @@
+"""eah_kernels against its float64 reference."""

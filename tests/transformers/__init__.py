@@ -1,0 +1,1 @@
+"""The swap in models of transformers, against oracles of its own."""
