@@ -1,4 +1,4 @@
-"""The command line: `eah demo`, `eah generate`, `eah models`, `eah doctor` (also `python -m eah`)."""
+"""The command line: `eah demo`, `eah generate`, `eah models`, `eah doctor`, `eah eval` (also `python -m eah`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import textwrap
 from eah.decode import MODES
 from eah.demo import demo, print_demo
 from eah.doctor import doctor, one_line, print_doctor
+from eah.eval.command import add_eval
 from eah.generate import generate
 from eah.models import family_table
 from eah_kernels import BACKENDS, __version__
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
     four = commands.add_parser("doctor", help="versions, devices, what works here and why the rest does not")
     four.set_defaults(run=_doctor)
-    for command in (one, two, three, four):
+    for command in (one, two, three, four, *add_eval(commands)):
         command.add_argument("--json", action="store_true", help="print the results as JSON")
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser

@@ -1,0 +1,152 @@
+"""`eah eval run | score | report`: what their arguments are. What they do is imported when they run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+NAMES = ("pope", "chair", "amber", "mmhal")
+ANSWERS = re.compile(r"(?P<name>[\w.+-]+)(?::(?P<part>[\w+-]+))?=(?P<path>.+)")
+
+
+def add_eval(commands) -> list[argparse.ArgumentParser]:
+    """Adds `eval` to the subparsers of `eah`; the parsers, to which its common options are added."""
+    parser = commands.add_parser("eval", help="POPE, CHAIR, AMBER on your own model and data, without and with EAH")
+    parser.set_defaults(run=lambda _: parser.print_help() or 0)
+    actions = parser.add_subparsers(dest="action", metavar="run|score|report")
+    score = actions.add_parser("score", help="score answer files, also others'; needs no model")
+    _add_data(score)
+    score.add_argument(
+        "--answers",
+        required=True,
+        nargs="+",
+        type=_answers,
+        metavar="NAME[:PART]=FILE",
+        help="answers of a variant to a part; the first name is what the others are compared with",
+    )
+    _add_scoring(score)
+    score.set_defaults(run=_score)
+    report = actions.add_parser("report", help="one table and its plots from several runs")
+    report.add_argument("folders", nargs="+", metavar="DIR", help="the --out of a run or score")
+    report.set_defaults(run=_report)
+    for action in (score, report):
+        action.add_argument("--out", required=True, metavar="DIR", help="where the results are written")
+    return [score, report]
+
+
+def _add_data(parser) -> None:
+    parser.add_argument("bench", choices=NAMES)
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="pope: question files; chair: the folder of COCO's annotations; amber: its data; mmhal: the template",
+    )
+    parser.add_argument("--limit", type=_count, metavar="N", help="only N images")
+    parser.add_argument("--subsets", type=_count, default=1, metavar="K", help="K disjoint subsets of --limit images")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of the subsets (default: 0)")
+    parser.add_argument("--image-list", metavar="FILE", help="only these images, one a line")
+
+
+def _add_scoring(parser) -> None:
+    parser.add_argument("--words", choices=("nltk", "builtin"), help="rules that find words (default: nltk)")
+    parser.add_argument("--yes-no", choices=("official", "opera", "first-word"))
+    parser.add_argument("--unfinished", choices=("keep", "drop"), help="of CHAIR: what follows the last full stop")
+    parser.add_argument("--vectors", metavar="spacy:MODEL|FILE|none", help="of AMBER: what tells similar words")
+    parser.add_argument("--synonyms", metavar="FILE", help="of CHAIR (default: synonyms.txt in the data folder)")
+    parser.add_argument("--resamples", type=_count, default=2000, metavar="N", help="of the bootstrap (default: 2000)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int >= 1, got {text!r}")
+    return int(text)
+
+
+def _answers(text: str) -> tuple[str, str | None, str]:
+    match = ANSWERS.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE or NAME:PART=FILE, got {text!r}")
+    return match["name"], match["part"], match["path"]
+
+
+def _score(arguments) -> int:
+    from eah.eval.answers import read_answers
+
+    benchmark, settings = load(arguments)
+    benchmark.parts = selected(benchmark.parts, arguments)
+    answered = {}
+    for name, part, path in arguments.answers:
+        if part is None and len(benchmark.parts) > 1:
+            raise ValueError(
+                f"--answers {name}={path}: name the part, {name}:PART; parts are {', '.join(benchmark.parts)}"
+            )
+        part = part or next(iter(benchmark.parts))
+        if part not in benchmark.parts:
+            raise ValueError(f"--answers {name}:{part}={path}: parts are {', '.join(benchmark.parts)}")
+        if (name, part) in answered:
+            raise ValueError(f"--answers has {name}:{part} twice")
+        answered[name, part] = read_answers(path, benchmark, part)
+    return finish(benchmark, answered, settings, arguments)
+
+
+def load(arguments):
+    """The benchmark and the settings of its scoring."""
+    from eah.eval.benchmarks import Scoring, load
+
+    options = {name: getattr(arguments, name, None) for name in Scoring.__dataclass_fields__}
+    return load(arguments.bench, arguments.data, Scoring(**options))
+
+
+def selected(parts, arguments):
+    from eah.eval.subsets import listed, sliced
+
+    if arguments.subsets > 1 and arguments.limit is None:
+        raise ValueError(f"--subsets {arguments.subsets} needs --limit, the number of images of each")
+    parts = listed(parts, arguments.image_list) if arguments.image_list else parts
+    return sliced(parts, arguments.limit, arguments.subsets, arguments.seed)
+
+
+def finish(benchmark, answered, settings: dict, arguments) -> int:
+    """Scores, writes result.json, result.md and the plots, and prints the tables."""
+    from eah.eval import markdown
+    from eah.eval.plots import plot
+    from eah.eval.score import score
+
+    out = Path(arguments.out)
+    result = score(benchmark, answered, settings, arguments.resamples, out)
+    markdown.write(out / "result.md", {"": result})
+    plot(result, out)
+    print(json.dumps(result, indent=2) if arguments.json else markdown.section("", result))
+    return 0
+
+
+def _report(arguments) -> int:
+    from eah.eval import markdown
+    from eah.eval.files import read_json, write_json
+    from eah.eval.plots import plot
+    from eah.eval.score import SCHEMA
+
+    results = {}
+    for folder in arguments.folders:
+        path = Path(folder) / "result.json"
+        if not path.exists():
+            raise ValueError(f"{folder} has no result.json: eah eval run or score writes it at its end")
+        result, name = read_json(path), Path(folder).resolve().name
+        if result.get("schema") != SCHEMA or "rows" not in result:
+            raise ValueError(f"{path} is not of the schema {SCHEMA}")
+        if name in results:
+            raise ValueError(f"two folders are named {name}: give them names of their own")
+        results[name] = result
+    out = Path(arguments.out)
+    write_json(out / "result.json", {"schema": SCHEMA, "runs": results})
+    markdown.write(out / "result.md", results)
+    for name, result in results.items():
+        plot(result, out, prefix=f"{name}.")
+    whole = {"schema": SCHEMA, "runs": results}
+    text = "\n\n".join(markdown.section(name, result) for name, result in results.items())
+    print(json.dumps(whole, indent=2) if arguments.json else text)
+    return 0
