@@ -42,6 +42,7 @@ wheels: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 resources: $(INSTALLED)
 	TRITON_INTERPRET=0 $(VENV)/bin/python -m tests.compiled.resources $(if $(ALL),--all)

@@ -170,5 +170,6 @@ def nvcc_release() -> tuple[int, int] | None:
 setup(
     packages=[*find_packages(include=["eah_kernels*"]), *find_packages("python")],
     package_dir={"eah": "python/eah", "eah_command": "python/eah_command"},
+    package_data={"eah_kernels": ["py.typed"], "eah": ["py.typed"]},
     **native_extension(),
 )

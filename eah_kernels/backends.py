@@ -81,4 +81,4 @@ def _triton() -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:3])
 
 
-_triton._dynamo_marked_constant = True  # as in native/cpu.py
+_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in native/cpu.py

@@ -83,7 +83,8 @@ class Scoring(NamedTuple):
     def seeing_rows(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
         """int32 (B|1, Hq|1, Skv): n_j, how many counting rows other than its own see key j (spec, step 2)."""
         counting = self.counting_rows(q_len, kv_len, device).unsqueeze(-1)
-        key, keys, rows = torch.arange(kv_len, device=device), slice(None), 0
+        key, keys = torch.arange(kv_len, device=device), slice(None)
+        rows = torch.zeros(1, 1, kv_len, dtype=torch.int32, device=device)
         for start in range(0, q_len, ROWS):
             block = slice(start, min(start + ROWS, q_len))
             own = torch.arange(block.start, block.stop, device=device)[:, None] + (kv_len - q_len)

@@ -18,7 +18,8 @@ def why_not() -> str | None:
     return _load()
 
 
-why_not._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import torch._dynamo
+# torch.compiler.assume_constant_result, which would import torch._dynamo
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -27,7 +27,7 @@ def why_not() -> str | None:
     return _load()
 
 
-why_not._dynamo_marked_constant = True  # as in cpu.py
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in cpu.py
 
 
 @cache

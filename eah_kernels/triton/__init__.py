@@ -25,8 +25,8 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     head = query.new_empty(batch, dtype=torch.int32)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
-        if problem.mask_form:
-            _pack.pack(problem).run()
+        if problem.mask is not None:
+            _pack.pack(problem, problem.mask).run()
         _lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally).run()
         _sinks.sinks(problem, image_mask, minus_lse, threshold, tally, choice=Choice(head, min_density)).run()
         _attend.attend(problem, value, head, output, minus_lse).run()
@@ -41,8 +41,8 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
     mean_shape = (batch, heads, key.shape[2]) if return_column_mean else (0,)
     column_mean = query.new_zeros(mean_shape, dtype=torch.float32)
     with torch.cuda.device_of(query):
-        if problem.mask_form:
-            _pack.pack(problem).run()
+        if problem.mask is not None:
+            _pack.pack(problem, problem.mask).run()
         _lse.lse(problem, minus_lse).run()
         mean = column_mean if return_column_mean else None
         _sinks.sinks(problem, image_mask, minus_lse, threshold, Tally(sink_counts), column_mean=mean).run()
@@ -62,8 +62,8 @@ def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
         return output
     minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        if problem.mask_form:
-            _pack.pack(problem).run()
+        if problem.mask is not None:
+            _pack.pack(problem, problem.mask).run()
         _lse.lse(problem, minus_lse, head=head).run()
         _attend.attend(problem, value, head, output, minus_lse.expand(-1, heads, -1)).run()
     return output

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import triton.language as tl
+from torch import Tensor
 
 # Rules.MASK: the form of the attention mask
 NO_MASK: tl.constexpr = tl.constexpr(0)
@@ -36,13 +37,25 @@ class View(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """What pack.py leaves of a mask, as one kernel reads it; None where this form of mask, or this kernel, has none."""
+    """A packed mask as one kernel reads it; None where this form of mask, or this kernel, has none."""
 
     words: Any = None  # View: the visible pairs, 32 to a word
     cells: Any = None  # View: what each cell holds
     seen: Any = None  # View: of each key, whether one of CELL rows sees it
     counts: Any = None  # View: of each key, how many of CELL rows count, see it and are not its own
     before: Any = None  # View: of each key, how many a (B, Skv) mask shows before it
+
+
+class PackedMask(NamedTuple):
+    """What pack.py leaves of a mask. MB and MH are 1 where one mask serves all; rows and keys are padded."""
+
+    cells: Tensor  # (MB, MH, rows / CELL, keys / CELL) uint8, of SHOWS, HIDES, BIASED; of a (B, Skv) mask (B, 1, 1, ..)
+    column_cells: Tensor  # (MB, MH, keys / CELL, rows / CELL), for `sinks`; of a (B, Skv) mask the same as cells
+    words: Tensor | None = None  # (MB, MH, keys / 32, rows) int32
+    column_words: Tensor | None = None  # (MB, MH, rows / 32, keys)
+    seen: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, whether one of the CELL rows sees the key
+    column_counts: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, how many count, see it and are not its own
+    before: Tensor | None = None  # (B, 1, 1, keys) int32, of a (B, Skv) mask: how many keys it shows before each
 
 
 class Tally(NamedTuple):

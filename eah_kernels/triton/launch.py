@@ -11,7 +11,18 @@ import triton
 from torch import Tensor
 
 from eah_kernels.masks import Scoring
-from eah_kernels.triton.bundles import BIAS_MASK, BOOL_MASK, KEY_MASK, NO_MASK, Packed, Rules, Scale, Values, View
+from eah_kernels.triton.bundles import (
+    BIAS_MASK,
+    BOOL_MASK,
+    KEY_MASK,
+    NO_MASK,
+    Packed,
+    PackedMask,
+    Rules,
+    Scale,
+    Values,
+    View,
+)
 from eah_kernels.triton.tiles import Tile, find_tile
 
 LOG2E = math.log2(math.e)
@@ -37,7 +48,7 @@ class Problem:
         self.query, self.key = narrow(query), narrow(key)
         self.target = target or device_target(query.device)
         self.mask, self.mask_form, hidden = kernel_mask(scoring.attention_mask)
-        self.packed = None  # pack.py fills it
+        self.packed: PackedMask | None = None  # pack.py fills it
         head_dim, kv_len, windowed = query.shape[-1], key.shape[2], scoring.sliding_window is not None
         self.masked = self.mask is not None or windowed
         main = 1 << (head_dim.bit_length() - 1)

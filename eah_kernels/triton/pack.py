@@ -9,14 +9,12 @@ rows that do not count and every row's own key are hidden too. All that is kept 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from eah_kernels.triton.bundles import BIASED, CELL, HIDES, KEY_MASK, SHOWS, Packed, Scale, Sizes
+from eah_kernels.triton.bundles import BIASED, CELL, HIDES, KEY_MASK, SHOWS, Packed, PackedMask, Scale, Sizes
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, view
 from eah_kernels.triton.loads import at, head_of, row_of
 from eah_kernels.triton.scores import counting_rows, score_tile
@@ -24,18 +22,6 @@ from eah_kernels.triton.tiles import Tile
 
 PAD = 128  # what is kept per row or key is padded to a multiple of this and so of every tile: no bounds to test
 CHUNK: tl.constexpr = tl.constexpr(1024)
-
-
-class PackedMask(NamedTuple):
-    """MB and MH are 1 where one mask serves all; rows and keys are padded to PAD."""
-
-    cells: Tensor  # (MB, MH, rows / CELL, keys / CELL) uint8, of SHOWS, HIDES, BIASED; of a (B, Skv) mask (B, 1, 1, ..)
-    column_cells: Tensor  # (MB, MH, keys / CELL, rows / CELL), for `sinks`; of a (B, Skv) mask the same as cells
-    words: Tensor | None = None  # (MB, MH, keys / 32, rows) int32
-    column_words: Tensor | None = None  # (MB, MH, rows / 32, keys)
-    seen: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, whether one of the CELL rows sees the key
-    column_counts: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, how many count, see it and are not its own
-    before: Tensor | None = None  # (B, 1, 1, keys) int32, of a (B, Skv) mask: how many keys it shows before each
 
 
 @triton.jit
@@ -109,40 +95,36 @@ def _pack_keys_kernel(mask, cells, before, kv_len):
         tl.store(cells.ptr + cell, shows | hides, mask=cell * CELL < kv_len)
 
 
-def pack(problem: Problem) -> Launch:
-    """Sets problem.packed and fills it; for a problem with a mask, before `lse`, `sinks` and `attend` are made."""
+def pack(problem: Problem, mask: Tensor) -> Launch:
+    """Sets problem.packed and fills it, before `lse`, `sinks` and `attend` are made; mask is problem.mask."""
     q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
     rows, keys = padded(q_len), padded(kv_len)
-    batch, heads = problem.mask.shape[:2]
+    batch, heads = mask.shape[:2]
     tile = Tile(0, 0, num_warps=4, num_stages=1)
 
     def empty(*shape, dtype=torch.uint8):
         lines, length = shape  # strides that are multiples of 16 whatever the lengths: nothing compiles anew
-        return problem.mask.new_empty(batch, heads, lines, triton.cdiv(length, 16) * 16, dtype=dtype)[..., :length]
+        return mask.new_empty(batch, heads, lines, triton.cdiv(length, 16) * 16, dtype=dtype)[..., :length]
 
     if problem.mask_form == KEY_MASK.value:
-        cells = empty(1, keys // CELL.value)
-        packed = problem.packed = PackedMask(cells, cells, before=empty(1, keys + 1, dtype=torch.int32))
-        arguments = dict(mask=view(problem.mask), cells=view(packed.cells), before=view(packed.before), kv_len=kv_len)
+        cells, before = empty(1, keys // CELL.value), empty(1, keys + 1, dtype=torch.int32)
+        problem.packed = PackedMask(cells, cells, before=before)
+        arguments = dict(mask=view(mask), cells=view(cells), before=view(before), kv_len=kv_len)
         return Launch(_pack_keys_kernel, batch, tile, arguments)
     row_cells, key_cells = rows // CELL.value, keys // CELL.value
-    packed = problem.packed = PackedMask(
-        empty(row_cells, key_cells),
-        empty(key_cells, row_cells),
-        empty(keys // 32, rows, dtype=torch.int32),
-        empty(rows // 32, keys, dtype=torch.int32),
-        empty(row_cells, keys),
-        empty(row_cells, keys),
-    )
+    cells, column_cells = empty(row_cells, key_cells), empty(key_cells, row_cells)
+    words, column_words = empty(keys // 32, rows, dtype=torch.int32), empty(rows // 32, keys, dtype=torch.int32)
+    seen, counts = empty(row_cells, keys), empty(row_cells, keys)
+    problem.packed = PackedMask(cells, column_cells, words, column_words, seen, counts)
     names = "q_len", "kv_len", "window", "R"
     return Launch(
         _pack_kernel,
         batch * heads * row_cells * key_cells,
         tile,
         dict(
-            mask=view(problem.mask),
-            rows=Packed(view(packed.words), view(packed.cells), seen=view(packed.seen)),
-            columns=Packed(view(packed.column_words), view(packed.column_cells), counts=view(packed.column_counts)),
+            mask=view(mask),
+            rows=Packed(view(words), view(cells), seen=view(seen)),
+            columns=Packed(view(column_words), view(column_cells), counts=view(counts)),
         )
         | dict(heads=heads, row_cells=row_cells, key_cells=key_cells)
         | {name: problem.arguments[name] for name in names},

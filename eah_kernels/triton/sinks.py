@@ -32,7 +32,7 @@ def choose_head(b, batch, heads, tally, choice):
             head = tl.where(most_here > most, start + head_here, head)
             most = tl.maximum(most, most_here)
         image_tokens = tl.maximum(tl.load(tally.progress + 2 * b + 1), 1)
-        density = tl.div_rn(most.to(tl.float32), image_tokens.to(tl.float32))
+        density = tl.div_rn(tl.cast(most, tl.float32), image_tokens.to(tl.float32))
         tl.store(choice.head + b, tl.where((most > 0) & (density >= choice.min_density), head, -1))
 
 

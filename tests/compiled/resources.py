@@ -152,7 +152,8 @@ def make_launch(row: Row) -> Launch:
     tally = Tally(*(empty(batch, *shape, dtype=torch.int32) for shape in ((heads,), (2,))))
     head = empty(batch, dtype=torch.int32)
     minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
-    packing = pack.pack(problem) if problem.mask_form and row.kernel != "few_rows" else None
+    if problem.mask is not None and row.kernel != "few_rows":
+        packing = pack.pack(problem, problem.mask)
     if row.kernel == "pack":
         return packing
     if row.kernel == "lse":

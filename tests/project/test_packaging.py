@@ -81,6 +81,7 @@ def test_a_wheel_whose_extension_failed_is_pure_python(sources):
     tops = {ROOT / "eah_kernels": ROOT, ROOT / "python": ROOT / "python"}
     packages = {path.parent.relative_to(base).as_posix() for top, base in tops.items() for path in top.rglob("*.py")}
     assert {str(Path(name).parent) for name in names if name.endswith(".py")} == packages
+    assert {"eah/py.typed", "eah_kernels/py.typed"} <= set(names)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone, to know what belongs to it")

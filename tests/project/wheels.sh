@@ -36,11 +36,15 @@ new/bin/abi3audit --strict native/*.whl  # the extension uses nothing but Python
 "$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$site/torch.pth"
 cd /
 "$new" - <<'PYTHON'
+import pathlib
+
 import torch
 
 import eah
 import eah_kernels
 
+for package in (eah, eah_kernels):
+    assert pathlib.Path(package.__file__).with_name("py.typed").exists(), package
 assert "new" in eah.__file__ and "new" in eah_kernels.__file__, (eah, eah_kernels)
 assert eah_kernels.native_parts()["cpu"] is None, eah_kernels.native_parts()
 query = torch.randn(1, 4, 70, 64)
