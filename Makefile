@@ -80,7 +80,7 @@ clean:
 	rm -rf .venv build *.egg-info
 
 # The native extension is built with the torch that is installed, hence first torch and then, not isolated, the rest.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt torch "setuptools>=77"
 	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"

@@ -102,11 +102,11 @@ def cpu_extension() -> Extension:
 
     return CppExtension(
         "eah_kernels._C",
-        ["csrc/bindings.cpp"],
+        ["csrc/cpu/bindings.cpp"],
         extra_compile_args=FLAGS,
         extra_link_args=["-fopenmp", "-Wl,--strip-debug"],
         py_limited_api=True,
-        depends=[CPU_SOURCE, *(f"csrc/cpu/{name}.h" for name in ("attention", "rules", "tiles"))],
+        depends=[CPU_SOURCE, "csrc/common.h", *(f"csrc/cpu/{name}.h" for name in ("attention", "masks", "tiles"))],
     )
 
 
@@ -118,15 +118,17 @@ def cuda_extension() -> Extension:
     code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in targets]
     return CUDAExtension(
         "eah_kernels._cuda",
-        ["csrc/bindings_cuda.cpp", *CUDA_SOURCES],
-        include_dirs=[os.path.abspath("csrc/cuda")],
+        ["csrc/cuda/bindings.cpp", *CUDA_SOURCES],
         extra_compile_args={
             "cxx": ["-O2", "-fvisibility=hidden", STABLE_ABI],
             "nvcc": ["-O3", "-std=c++17", *code, "-gencode=arch=compute_80,code=compute_80"],
         },
         extra_link_args=["-Wl,--strip-debug"],
         py_limited_api=True,
-        depends=[f"csrc/cuda/{name}" for name in ("attention.h", "ptx.cuh", "tiles.cuh", "prefill_tiles.cuh")],
+        depends=[
+            "csrc/common.h",
+            *(f"csrc/cuda/{name}" for name in ("attention.h", "ptx.cuh", "tiles.cuh", "prefill_tiles.cuh")),
+        ],
     )
 
 

@@ -5,7 +5,7 @@
 // oneDNN's micro-kernels through ATen: float32, or bfloat16 with float32 sums where the processor multiplies bfloat16.
 // A work item's result depends on nothing but its inputs, so the number of threads changes no bit.
 
-#include "rules.h"
+#include "masks.h"
 
 #include <ATen/Context.h>
 
@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-namespace eah::CPU_CAPABILITY {
+namespace eah::cpu::CPU_CAPABILITY {
 namespace {
 
 // One thread's row block: scores of the block's key tiles, (tiles, 64, 64), and what the rows' softmax needs.
@@ -48,7 +48,7 @@ void finish_scores(float* score, float* maxima, const Problem& p, int64_t b, int
     const Span span = span_of(p, row0 + r);
     const int64_t from = std::clamp<int64_t>(span.first - start, 0, KEYS);
     const int64_t to = std::clamp<int64_t>(span.last - start, from, KEYS);
-    if (scoring.mask.data && (r == 0 || scoring.mask.strides[2] != 0)) {
+    if (scoring.mask.data && (r == 0 || scoring.mask.row != 0)) {
       mask_bias(bias, p, b, h, row0 + r, tile);
     }
     Vec top = Vec::loadu(maxima);
@@ -85,7 +85,7 @@ void exponentials(RowBlock<T>& block, const Problem& p, int64_t b, int64_t h, in
   block.first_tile = first.first / KEYS;
   block.end_tile = std::max(block.first_tile, tiles(last.last));
 
-  load(block.query.data(), dim, p.query, b, h, row0, block.rows, p.dim);
+  load(block.query.data(), dim, p.query, p.dtype, b, h, row0, block.rows, p.dim);
   std::fill(block.query.data() + block.rows * dim, block.query.data() + block.padded_rows * dim, T(0));
   float* lanes = block.sum.data();
   std::fill_n(lanes, block.rows * Vec::size(), -INF);
@@ -245,8 +245,8 @@ const T* normalised(RowBlock<T>& block) {
 
 // The block's map times one head's values, written as heads first_head..first_head+copies of the output.
 template <typename T>
-void times_values(RowBlock<T>& block, const T* map, const T* values, int64_t value_dim, const Operand& output,
-                  int64_t b, int64_t row0, int64_t first_head, int64_t copies) {
+void times_values(RowBlock<T>& block, const Problem& p, const T* map, const T* values, int64_t value_dim,
+                  const View& output, int64_t b, int64_t row0, int64_t first_head, int64_t copies) {
   const int64_t ld = padded_value_dim(value_dim);
   float* product = block.output.data();
   if (block.first_tile == block.end_tile) {
@@ -257,16 +257,12 @@ void times_values(RowBlock<T>& block, const T* map, const T* values, int64_t val
              t > block.first_tile);
   }
   for (int64_t h = first_head; h < first_head + copies; ++h) {
-    switch (output.dtype) {
-      case at::kFloat: store_as<float>(output, b, h, row0, block.rows, product, ld, value_dim); break;
-      case at::kBFloat16: store_as<BFloat16>(output, b, h, row0, block.rows, product, ld, value_dim); break;
-      default: store_as<Half>(output, b, h, row0, block.rows, product, ld, value_dim);
-    }
+    store(output, p.dtype, b, h, row0, block.rows, product, ld, value_dim);
   }
 }
 
 template <typename T>
-void attend_as(const Problem& p, const Operand& value, int64_t value_dim, const int32_t* head, const Operand& output) {
+void attend_as(const Problem& p, const View& value, int64_t value_dim, const int32_t* head, const View& output) {
   const int64_t blocks = (p.q_len + ROWS - 1) / ROWS, group = p.heads / p.kv_heads, n = tiles(p.kv_len);
   const int64_t key_size = n * KEYS * padded_dim<T>(p.dim), value_size = n * KEYS * padded_value_dim(value_dim);
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -284,7 +280,7 @@ void attend_as(const Problem& p, const Operand& value, int64_t value_dim, const 
         value_heads * n, [&] { return Buffer<T>(KEYS * padded_value_dim(value_dim)); },
         [&](int64_t item, Buffer<T>& scratch) {
           const int64_t h = item / n;
-          pack_values(values.data() + h * value_size, value, value_dim, p.kv_len, rules[per_head ? h : 0].seen.data(),
+          pack_values(values.data() + h * value_size, p, value, value_dim, rules[per_head ? h : 0].seen.data(),
                       b, per_head ? h / group : h, item % n, scratch.data());
         });
     // The last row blocks, the largest under a causal mask, go first. A map is computed again for every share of the
@@ -299,13 +295,13 @@ void attend_as(const Problem& p, const Operand& value, int64_t value_dim, const 
             exponentials(block, p, b, head[b], row0, keys.data());
             const T* map = normalised(block);
             for (int64_t h = share; h < p.kv_heads; h += shares) {
-              times_values(block, map, values.data() + h * value_size, value_dim, output, b, row0, h * group, group);
+              times_values(block, p, map, values.data() + h * value_size, value_dim, output, b, row0, h * group, group);
             }
             return;
           }
           for (int64_t h = share * group; h < (share + 1) * group; ++h) {
             exponentials(block, p, b, h, row0, keys.data() + share * key_size);
-            times_values(block, normalised(block), values.data() + (per_head ? h : share) * value_size, value_dim,
+            times_values(block, p, normalised(block), values.data() + (per_head ? h : share) * value_size, value_dim,
                          output, b, row0, h, 1);
           }
         });
@@ -313,10 +309,10 @@ void attend_as(const Problem& p, const Operand& value, int64_t value_dim, const 
 }
 
 // bfloat16 stays bfloat16 where the processor multiplies it; elsewhere, and float16 always, goes through float32.
-bool multiplies_bfloat16(c10::ScalarType dtype) {
+bool multiplies_bfloat16(Dtype dtype) {
 #if defined(CPU_CAPABILITY_AVX512) && defined(__GNUC__)
   static const bool supported = __builtin_cpu_supports("avx512bf16");
-  return dtype == at::kBFloat16 && supported && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
+  return dtype == Dtype::BFloat16 && supported && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
 #else
   return false;
 #endif
@@ -325,13 +321,13 @@ bool multiplies_bfloat16(c10::ScalarType dtype) {
 }  // namespace
 
 void statistics(const Problem& p, const bool* image, float* mean, float* lse) {
-  multiplies_bfloat16(p.query.dtype) ? statistics_as<BFloat16>(p, image, mean, lse)
+  multiplies_bfloat16(p.dtype) ? statistics_as<BFloat16>(p, image, mean, lse)
                                      : statistics_as<float>(p, image, mean, lse);
 }
 
-void attend(const Problem& p, const Operand& value, int64_t value_dim, const int32_t* head, const Operand& output) {
-  multiplies_bfloat16(p.query.dtype) ? attend_as<BFloat16>(p, value, value_dim, head, output)
+void attend(const Problem& p, const View& value, int64_t value_dim, const int32_t* head, const View& output) {
+  multiplies_bfloat16(p.dtype) ? attend_as<BFloat16>(p, value, value_dim, head, output)
                                      : attend_as<float>(p, value, value_dim, head, output);
 }
 
-}  // namespace eah::CPU_CAPABILITY
+}  // namespace eah::cpu::CPU_CAPABILITY

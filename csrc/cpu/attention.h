@@ -1,22 +1,14 @@
-// The CPU kernels' interface: what bindings.cpp hands to the build of attention.cpp that suits this processor.
+// The CPU kernels' interface: what bindings.cpp hands to the build of the kernels that suits this processor.
 #pragma once
 
-#include <c10/core/ScalarType.h>
+#include "../common.h"
 
-#include <cstdint>
-
-namespace eah {
-
-// A (B, H, S, D) tensor. Strides are in elements; a mask's stride is 0 along what it does not depend on.
-struct Operand {
-  const void* data = nullptr;
-  c10::ScalarType dtype = c10::ScalarType::Float;
-  int64_t strides[4] = {0, 0, 0, 0};
-};
+namespace eah::cpu {
 
 // How a score is made and who sees whom: eah_kernels/masks.py, Scoring.
 struct Scoring {
-  Operand mask;  // no data: no mask
+  View mask;  // no data: no mask
+  Dtype mask_dtype = Dtype::Bool;
   int64_t mask_heads = 1;
   bool causal = true;
   float scale = 1;
@@ -25,8 +17,9 @@ struct Scoring {
 };
 
 struct Problem {
+  Dtype dtype;  // of query, key, value and output: Half, BFloat16 or Float
   int64_t batch, heads, kv_heads, q_len, kv_len, dim;
-  Operand query, key;
+  View query, key;
   Scoring scoring;
 };
 
@@ -34,8 +27,7 @@ struct Problem {
 using Statistics = void(const Problem&, const bool* image, float* mean, float* lse);
 
 // head (B,); output like query, with value_dim for dim.
-using Attend =
-    void(const Problem&, const Operand& value, int64_t value_dim, const int32_t* head, const Operand& output);
+using Attend = void(const Problem&, const View& value, int64_t value_dim, const int32_t* head, const View& output);
 
 namespace DEFAULT {
 Statistics statistics;
@@ -50,4 +42,4 @@ Statistics statistics;
 Attend attend;
 }  // namespace AVX512
 
-}  // namespace eah
+}  // namespace eah::cpu

@@ -18,7 +18,7 @@
 #error "at::parallel_for is a header: without -fopenmp it would run on one thread"
 #endif
 
-namespace eah::CPU_CAPABILITY {
+namespace eah::cpu::CPU_CAPABILITY {
 namespace {
 
 using at::BFloat16;
@@ -71,16 +71,21 @@ void multiply(int64_t m, int64_t n, int64_t k, const T* a, const T* b, float* c,
   at::native::cpublas::brgemm(m, n, k, k, n, n, add, a, b, c, !std::is_same_v<T, float>);
 }
 
+template <typename T>
+T* row_of(const View& x, int64_t b, int64_t h, int64_t row) {
+  return static_cast<T*>(x.data) + b * x.b + h * x.h + row * x.row;
+}
+
 // Rows first..first+rows of head h as (rows, ld), ld >= dim, zero beyond dim.
 template <typename S, typename T>
-void load_as(T* to, int64_t ld, const Operand& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim) {
-  const S* from = static_cast<const S*>(x.data) + b * x.strides[0] + h * x.strides[1] + first * x.strides[2];
-  for (int64_t r = 0; r < rows; ++r, from += x.strides[2], to += ld) {
-    if (x.strides[3] == 1) {
+void load_as(T* to, int64_t ld, const View& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim) {
+  const S* from = row_of<S>(x, b, h, first);
+  for (int64_t r = 0; r < rows; ++r, from += x.row, to += ld) {
+    if (x.column == 1) {
       at::vec::convert(from, to, dim);
     } else {
       for (int64_t d = 0; d < dim; ++d) {
-        to[d] = static_cast<T>(from[d * x.strides[3]]);
+        to[d] = static_cast<T>(from[d * x.column]);
       }
     }
     std::fill(to + dim, to + ld, T(0));
@@ -88,12 +93,13 @@ void load_as(T* to, int64_t ld, const Operand& x, int64_t b, int64_t h, int64_t 
 }
 
 template <typename T>
-void load(T* to, int64_t ld, const Operand& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim) {
+void load(T* to, int64_t ld, const View& x, Dtype dtype, int64_t b, int64_t h, int64_t first, int64_t rows,
+          int64_t dim) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     load_as<BFloat16>(to, ld, x, b, h, first, rows, dim);
-  } else if (x.dtype == at::kFloat) {
+  } else if (dtype == Dtype::Float) {
     load_as<float>(to, ld, x, b, h, first, rows, dim);
-  } else if (x.dtype == at::kBFloat16) {
+  } else if (dtype == Dtype::BFloat16) {
     load_as<BFloat16>(to, ld, x, b, h, first, rows, dim);
   } else {
     load_as<Half>(to, ld, x, b, h, first, rows, dim);
@@ -115,7 +121,7 @@ template <typename T>
 void pack_keys(T* packed, const Problem& p, int64_t b, int64_t h, int64_t tile, T* scratch) {
   const int64_t first = tile * KEYS, rows = std::min(KEYS, p.kv_len - first), ld = padded_dim<T>(p.dim);
   const int64_t units = ld * sizeof(T) / 4;
-  load(scratch, ld, p.key, b, h, first, rows, p.dim);
+  load(scratch, ld, p.key, p.dtype, b, h, first, rows, p.dim);
   std::fill(scratch + rows * ld, scratch + KEYS * ld, T(0));
   at::vec::transpose_mxn<float>(
       reinterpret_cast<const float*>(scratch), units, reinterpret_cast<float*>(packed + tile * KEYS * ld), KEYS,
@@ -125,12 +131,12 @@ void pack_keys(T* packed, const Problem& p, int64_t b, int64_t h, int64_t tile, 
 // Value tiles of one head, (tiles, 64, Dv), for bfloat16 (tiles, 32, Dv, 2); zero where no row sees the key.
 template <typename T>
 void pack_values(
-    T* packed, const Operand& value, int64_t value_dim, int64_t kv_len, const uint8_t* seen, int64_t b, int64_t h,
+    T* packed, const Problem& p, const View& value, int64_t value_dim, const uint8_t* seen, int64_t b, int64_t h,
     int64_t tile, T* scratch) {
-  const int64_t first = tile * KEYS, rows = std::min(KEYS, kv_len - first), ld = padded_value_dim(value_dim);
+  const int64_t first = tile * KEYS, rows = std::min(KEYS, p.kv_len - first), ld = padded_value_dim(value_dim);
   packed += tile * KEYS * ld;
   T* plain = std::is_same_v<T, float> ? packed : scratch;
-  load(plain, ld, value, b, h, first, rows, value_dim);
+  load(plain, ld, value, p.dtype, b, h, first, rows, value_dim);
   for (int64_t r = 0; r < KEYS; ++r) {
     if (r >= rows || !seen[first + r]) {
       std::fill_n(plain + r * ld, ld, T(0));
@@ -148,13 +154,21 @@ void pack_values(
 }
 
 template <typename S>
-void store_as(const Operand& output, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* from, int64_t ld,
+void store_as(const View& output, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* from, int64_t ld,
               int64_t dim) {
-  S* to = static_cast<S*>(const_cast<void*>(output.data)) + b * output.strides[0] + h * output.strides[1];
   for (int64_t r = 0; r < rows; ++r) {
-    at::vec::convert(from + r * ld, to + (row0 + r) * output.strides[2], dim);
+    at::vec::convert(from + r * ld, row_of<S>(output, b, h, row0 + r), dim);
+  }
+}
+
+void store(const View& output, Dtype dtype, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* from,
+           int64_t ld, int64_t dim) {
+  switch (dtype) {
+    case Dtype::Float: return store_as<float>(output, b, h, row0, rows, from, ld, dim);
+    case Dtype::BFloat16: return store_as<BFloat16>(output, b, h, row0, rows, from, ld, dim);
+    default: return store_as<Half>(output, b, h, row0, rows, from, ld, dim);
   }
 }
 
 }  // namespace
-}  // namespace eah::CPU_CAPABILITY
+}  // namespace eah::cpu::CPU_CAPABILITY

@@ -1,34 +1,22 @@
-// The CUDA kernels' interface: raw pointers and a stream, no torch. bindings_cuda.cpp calls it.
+// The CUDA kernels' interface: raw pointers and a stream, no torch. bindings.cpp calls it.
 #pragma once
 
-#include <cstdint>
+#include "../common.h"
 
 namespace eah::cuda {
 
-enum class Dtype { Half, BFloat16, Float };
-
-// A (B, H, S, D) tensor whose last dimension is contiguous and whose rows lie on 16-byte boundaries; strides in
-// elements.
-struct Operand {
-  void* data;
-  int64_t strides[3];
-};
-
-// A (B, S) boolean tensor, strides in bytes; no data: True everywhere.
-struct Flags {
-  const bool* data;
-  int64_t strides[2];
-};
-
 constexpr int MAX_PREFILL = 1024;  // tokens
 constexpr int MAX_BATCH = 128;
+
+// The last dimension of query, key, value and output is contiguous, and their rows lie on 16-byte boundaries. Flags are
+// (B, S) boolean tensors; no data: True everywhere.
 
 // Causal attention of `length` rows over as many keys, D = Dv = dim. eah_kernels/api.py, eah_attention.
 struct Prefill {
   Dtype dtype;  // Half or BFloat16
   int batch, heads, kv_heads, length, dim;
-  Operand query, key, value, output;
-  Flags image, mask;  // mask: True = real key
+  View query, key, value, output;
+  View image, mask;  // mask: True = real key
   float scale, threshold, min_density;
   int32_t* head;    // (B,)
   int32_t* counts;  // (B, Hq)
@@ -40,8 +28,8 @@ struct Prefill {
 struct Decode {
   Dtype dtype;
   int batch, heads, kv_heads, length, dim;
-  Operand query, key, value, output;
-  Flags mask;
+  View query, key, value, output;
+  View mask;
   float scale;
   const int32_t* head;  // (B,)
   float* scratch;       // decode_scratch() floats

@@ -110,7 +110,7 @@ __device__ void attend_split(
 #pragma unroll
       for (int i = 0; i < LOADS; ++i) {
         const int j = row + i * TOGETHER;
-        words[i] = load(keys + (own + j + lane / LANES) * p.key.strides[2], seen >> j & 1);
+        words[i] = load(keys + (own + j + lane / LANES) * p.key.row, seen >> j & 1);
       }
 #pragma unroll
       for (int i = 0; i < LOADS; ++i) {
@@ -166,7 +166,7 @@ __device__ void attend_split(
           const int from = row + k * TOGETHER + lane / LANES;
           w[k] = __shfl_sync(EVERY_LANE, weight[i], from);
           // A hidden key weighs 0: what it holds, NaN included, is not read.
-          words[k] = load(v + (first + 32 * i + from) * p.value.strides[2], w[k] != 0);
+          words[k] = load(v + (first + 32 * i + from) * p.value.row, w[k] != 0);
         }
 #pragma unroll
         for (int k = 0; k < LOADS; ++k) {

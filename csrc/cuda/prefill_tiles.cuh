@@ -54,8 +54,8 @@ __device__ void begin(Shared<T, D>& shared, const Prefill& p, int b, int& held) 
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
     const int j = min(32 * (at.warp + WARPS * i) + at.lane, p.length - 1);  // no branch: all are read at once
-    image[i] = p.image.data[b * p.image.strides[0] + j * p.image.strides[1]];
-    seen[i] = p.mask.data == nullptr || p.mask.data[b * p.mask.strides[0] + j * p.mask.strides[1]];
+    image[i] = flag(p.image, b, j);
+    seen[i] = flag(p.mask, b, j);
   }
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
@@ -73,12 +73,12 @@ __device__ void begin(Shared<T, D>& shared, const Prefill& p, int b, int& held) 
 
 // Starts the copy of rows 64 * tile and on, zeros for those whose bit in `wanted` is not set.
 template <typename T, int D>
-__device__ void load_tile(T* to, const Operand& x, int b, int h, int tile, uint64_t wanted) {
+__device__ void load_tile(T* to, const View& x, int b, int h, int tile, uint64_t wanted) {
   constexpr int CHUNKS = D / 8, TOGETHER = THREADS / CHUNKS;  // rows that the block copies at once
   const int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
   const T* from = row_of<T>(x, b, h, static_cast<int64_t>(tile) * KEYS + first) + 8 * chunk;
 #pragma unroll 2
-  for (int row = first; row < first + KEYS; row += TOGETHER, from += TOGETHER * x.strides[2]) {
+  for (int row = first; row < first + KEYS; row += TOGETHER, from += TOGETHER * x.row) {
     copy_async(to + place<D>(row, chunk), from, wanted >> row & 1);
   }
 }

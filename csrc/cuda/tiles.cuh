@@ -3,7 +3,7 @@
 
 #include "attention.h"
 
-#include <ptx.cuh>
+#include "ptx.cuh"
 
 namespace eah::cuda {
 namespace {
@@ -18,12 +18,12 @@ __device__ float infinity() {
 }
 
 template <typename T>
-__device__ T* row_of(const Operand& x, int64_t b, int64_t h, int64_t row) {
-  return static_cast<T*>(x.data) + b * x.strides[0] + h * x.strides[1] + row * x.strides[2];
+__device__ T* row_of(const View& x, int64_t b, int64_t h, int64_t row) {
+  return static_cast<T*>(x.data) + b * x.b + h * x.h + row * x.row;
 }
 
-__device__ bool flag(const Flags& flags, int64_t b, int64_t j) {
-  return flags.data == nullptr || flags.data[b * flags.strides[0] + j * flags.strides[1]];
+__device__ bool flag(const View& flags, int64_t b, int64_t j) {
+  return flags.data == nullptr || static_cast<const bool*>(flags.data)[b * flags.b + j * flags.column];
 }
 
 // The pieces of work of a batch: a row with a chosen head (heads[b] >= 0) has `shared` of them, another one `own`.

@@ -31,15 +31,15 @@ class CompiledCuda:
 
     def __init__(self, folder: Path, target: str = "compute_80"):
         commands = [
-            ["nvcc", "-c", "-std=c++17", "-O3", f"-I{ROOT / 'csrc/cuda'}", f"-gencode=arch={target},code={target}"]
+            ["nvcc", "-c", "-std=c++17", "-O3", f"-gencode=arch={target},code={target}"]
             + ["-Xcompiler", "-fPIC", "--keep", "--keep-dir", ".", "-o", f"{name}.o", ROOT / f"csrc/cuda/{name}.cu"]
             for name in NAMES
         ]
-        includes = ["-isystem", TORCH / "include", "-isystem", sysconfig.get_paths()["include"], f"-I{ROOT / 'csrc'}"]
+        includes = ["-isystem", TORCH / "include", "-isystem", sysconfig.get_paths()["include"]]
         defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
         defines += ["-DEAH_OPS=eah_kernels_compiled", "-DEAH_DISPATCH_KEY=CPU"]
         flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
-        commands += [[CXX, *flags, *defines, *includes, "-c", ROOT / "csrc/bindings_cuda.cpp", "-o", "bindings.o"]]
+        commands += [[CXX, *flags, *defines, *includes, "-c", ROOT / "csrc/cuda/bindings.cpp", "-o", "bindings.o"]]
         commands += [[CXX, *flags, "-c", Path(__file__).with_name("cuda_runtime.cpp"), "-o", "runtime.o"]]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda command: _run(command, folder), commands))

@@ -75,7 +75,7 @@ EXPORT unsigned __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
   return NOT_SUPPORTED;
 }
 
-// bindings_cuda.cpp asks torch for it.
+// csrc/cuda/bindings.cpp asks torch for it.
 EXPORT int aoti_torch_get_current_cuda_stream(int, void** stream) {
   *stream = nullptr;
   return 0;

@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cuda/attention.h"
+#include "attention.h"
 
 // The build of tests/compiled has another name, and takes CPU tensors.
 #ifndef EAH_OPS
@@ -20,24 +20,25 @@
 
 namespace {
 
+using eah::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
-eah::cuda::Operand operand(const Tensor& x) {
-  return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}};
+eah::View view(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-eah::cuda::Flags flags(const Tensor& x) {
-  return {static_cast<const bool*>(x.data_ptr()), {x.stride(0), x.stride(1)}};
+eah::View flags(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), 0, 0, x.stride(1)};
 }
 
-eah::cuda::Dtype dtype(const Tensor& x) {
+Dtype dtype(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Half: return eah::cuda::Dtype::Half;
-    case ScalarType::BFloat16: return eah::cuda::Dtype::BFloat16;
-    case ScalarType::Float: return eah::cuda::Dtype::Float;
+    case ScalarType::Half: return Dtype::Half;
+    case ScalarType::BFloat16: return Dtype::BFloat16;
+    case ScalarType::Float: return Dtype::Float;
     default: STD_TORCH_CHECK(false, "query must be float16, bfloat16 or float32");
   }
 }
@@ -53,11 +54,11 @@ Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, con
   p.kv_heads = static_cast<int>(key.size(1));
   p.length = static_cast<int>(key.size(2));
   p.dim = static_cast<int>(query.size(3));
-  p.query = operand(query);
-  p.key = operand(key);
-  p.value = operand(value);
-  p.output = operand(output);
-  p.mask = mask ? flags(*mask) : eah::cuda::Flags{};
+  p.query = view(query);
+  p.key = view(key);
+  p.value = view(value);
+  p.output = view(output);
+  p.mask = mask ? flags(*mask) : eah::View{};
   p.scale = static_cast<float>(scale);
   return p;
 }

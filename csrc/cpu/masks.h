@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-namespace eah::CPU_CAPABILITY {
+namespace eah::cpu::CPU_CAPABILITY {
 namespace {
 
 // The keys a row can see by its position, [first, last).
@@ -26,9 +26,9 @@ Span span_of(const Problem& p, int64_t row) {
 
 // What the mask adds to row `row`'s scores of a tile's keys, -inf where it hides the key.
 template <typename S>
-void bias_as(float* bias, const Operand& mask, int64_t offset, int64_t n) {
+void bias_as(float* bias, const View& mask, int64_t offset, int64_t n) {
   const S* from = static_cast<const S*>(mask.data) + offset;
-  const int64_t stride = mask.strides[3];
+  const int64_t stride = mask.column;
   for (int64_t j = 0; j < n; ++j) {
     const S entry = from[j * stride];
     if constexpr (std::is_same_v<S, bool>) {
@@ -42,15 +42,15 @@ void bias_as(float* bias, const Operand& mask, int64_t offset, int64_t n) {
 }
 
 void mask_bias(float* bias, const Problem& p, int64_t b, int64_t h, int64_t row, int64_t tile) {
-  const Operand& mask = p.scoring.mask;
+  const View& mask = p.scoring.mask;
   const int64_t first = tile * KEYS, n = std::min(KEYS, p.kv_len - first);
   const int64_t offset =
-      b * mask.strides[0] + h * mask.strides[1] + row * mask.strides[2] + first * mask.strides[3];
-  switch (mask.dtype) {
-    case at::kBool: return bias_as<bool>(bias, mask, offset, n);
-    case at::kHalf: return bias_as<Half>(bias, mask, offset, n);
-    case at::kBFloat16: return bias_as<BFloat16>(bias, mask, offset, n);
-    case at::kFloat: return bias_as<float>(bias, mask, offset, n);
+      b * mask.b + h * mask.h + row * mask.row + first * mask.column;
+  switch (p.scoring.mask_dtype) {
+    case Dtype::Bool: return bias_as<bool>(bias, mask, offset, n);
+    case Dtype::Half: return bias_as<Half>(bias, mask, offset, n);
+    case Dtype::BFloat16: return bias_as<BFloat16>(bias, mask, offset, n);
+    case Dtype::Float: return bias_as<float>(bias, mask, offset, n);
     default: return bias_as<double>(bias, mask, offset, n);
   }
 }
@@ -123,7 +123,7 @@ void by_entry(Visibility& v, const Problem& p, int64_t b, int64_t h) {
 
 Visibility visibility(const Problem& p, int64_t b, int64_t h) {
   Visibility v{std::vector<uint8_t>(p.q_len), std::vector<int32_t>(p.kv_len), std::vector<uint8_t>(p.kv_len)};
-  const Operand& mask = p.scoring.mask;
+  const View& mask = p.scoring.mask;
   const int64_t offset = p.kv_len - p.q_len;
   for (int64_t row = std::max<int64_t>(0, -offset); row < p.q_len; ++row) {
     float bias[KEYS] = {};
@@ -132,9 +132,9 @@ Visibility visibility(const Problem& p, int64_t b, int64_t h) {
     }
     v.counting[row] = bias[(row + offset) % KEYS] > -INF;
   }
-  mask.strides[2] == 0 ? by_position(v, p, b, h) : by_entry(v, p, b, h);
+  mask.row == 0 ? by_position(v, p, b, h) : by_entry(v, p, b, h);
   return v;
 }
 
 }  // namespace
-}  // namespace eah::CPU_CAPABILITY
+}  // namespace eah::cpu::CPU_CAPABILITY

@@ -9,11 +9,13 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include "cpu/attention.h"
+#include "attention.h"
 
 namespace {
 
 using at::Tensor;
+using eah::Dtype;
+using eah::cpu::Problem;
 
 #define EAH_TEXT_(x) #x
 #define EAH_TEXT(x) EAH_TEXT_(x)
@@ -24,20 +26,32 @@ constexpr char BUILT_FOR[] = EAH_TEXT(TORCH_VERSION_MAJOR) "." EAH_TEXT(TORCH_VE
   const std::optional<Tensor>&mask, bool causal, double scale, std::optional<int64_t> sliding_window, \
       std::optional<double> softcap
 
-eah::Operand operand(const Tensor& x) {
-  return {x.data_ptr(), x.scalar_type(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+eah::View view(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-eah::Problem problem(const Tensor& query, const Tensor& key, EAH_RULES) {
-  eah::Problem p;
+Dtype dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kHalf: return Dtype::Half;
+    case at::kBFloat16: return Dtype::BFloat16;
+    case at::kFloat: return Dtype::Float;
+    case at::kDouble: return Dtype::Double;
+    case at::kBool: return Dtype::Bool;
+    default: TORCH_CHECK_TYPE(false, "a tensor of dtype ", x.scalar_type(), " is of no use here");
+  }
+}
+
+Problem problem(const Tensor& query, const Tensor& key, EAH_RULES) {
+  Problem p;
+  p.dtype = dtype(query);
   p.batch = query.size(0);
   p.heads = query.size(1);
   p.kv_heads = key.size(1);
   p.q_len = query.size(2);
   p.kv_len = key.size(2);
   p.dim = query.size(3);
-  p.query = operand(query);
-  p.key = operand(key);
+  p.query = view(query);
+  p.key = view(key);
   p.scoring.causal = causal;
   p.scoring.scale = static_cast<float>(scale);
   // A window over everything is no window; so bounded, a position minus it cannot overflow.
@@ -46,31 +60,32 @@ eah::Problem problem(const Tensor& query, const Tensor& key, EAH_RULES) {
   p.scoring.softcap = static_cast<float>(softcap.value_or(0));
   if (mask) {
     const Tensor full = mask->dim() == 2 ? mask->unsqueeze(1).unsqueeze(1) : *mask;
+    p.scoring.mask_dtype = dtype(full);
     p.scoring.mask_heads = full.size(1);
-    p.scoring.mask = operand(full.expand({query.size(0), full.size(1), query.size(2), key.size(2)}));
+    p.scoring.mask = view(full.expand({query.size(0), full.size(1), query.size(2), key.size(2)}));
     if (full.size(1) == 1) {
-      p.scoring.mask.strides[1] = 0;
+      p.scoring.mask.h = 0;
     }
   }
   return p;
 }
 
 struct Kernels {
-  eah::Statistics* statistics;
-  eah::Attend* attend;
+  eah::cpu::Statistics* statistics;
+  eah::cpu::Attend* attend;
 };
 
 Kernels kernels() {
 #if defined(__x86_64__)
   static const std::string capability = at::get_cpu_capability();
   if (capability == "AVX512") {
-    return {eah::AVX512::statistics, eah::AVX512::attend};
+    return {eah::cpu::AVX512::statistics, eah::cpu::AVX512::attend};
   }
   if (capability == "AVX2") {
-    return {eah::AVX2::statistics, eah::AVX2::attend};
+    return {eah::cpu::AVX2::statistics, eah::cpu::AVX2::attend};
   }
 #endif
-  return {eah::DEFAULT::statistics, eah::DEFAULT::attend};
+  return {eah::cpu::DEFAULT::statistics, eah::cpu::DEFAULT::attend};
 }
 
 // Row log-sum-exp (B, Hq, Sq), or (0,) unless wanted, and column means (B, Hq, Skv), 0 off the image.
@@ -95,8 +110,8 @@ void attend(const Tensor& query, const Tensor& key, const Tensor& value, const T
     TORCH_CHECK_VALUE(h < query.size(1), "head must be -1 or one of ", query.size(1), " query heads, got ", h);
   }
   kernels().attend(
-      problem(query, key, mask, causal, scale, sliding_window, softcap), operand(value), value.size(3),
-      chosen.const_data_ptr<int32_t>(), operand(output));
+      problem(query, key, mask, causal, scale, sliding_window, softcap), view(value), value.size(3),
+      chosen.const_data_ptr<int32_t>(), view(output));
 }
 
 void register_ops() {
