@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eah_kernels import eah_attention, native_parts, shared_map_attention, sink_statistics
+from eah_kernels import eah_attention, native_parts, reference, shared_map_attention, sink_statistics
 from eah_kernels.masks import Scoring
-from eah_kernels.reference import attention_maps
+from eah_kernels.testing import agrees, largest_error
 
 from .layers import Inputs, Layer, make_inputs
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # outputs of values drawn from N(0, 1)
 SDPA = {
     "SDPA, math": SDPBackend.MATH,
     "SDPA, flash": SDPBackend.FLASH_ATTENTION,
@@ -185,8 +184,10 @@ def ours(backend: str) -> list[Contestant]:
 def check(contestant: Contestant, layer: Layer, dtype: torch.dtype, device: str) -> str | None:
     """Why the contestant does not compute what it claims, on a small form of the layer; None if it does."""
     inputs = make_inputs(layer.small(), dtype, device)
-    options = dict(attention_mask=inputs.attention_mask, backend="reference")
-    expected = eah_attention(*inputs[:4], threshold=inputs.threshold, **options)
+    query, key, value, image_mask, mask, threshold = inputs
+    expected = eah_attention(
+        query, key, value, image_mask, attention_mask=mask, threshold=threshold, backend="reference"
+    )
     try:
         result = contestant.run(inputs)
         if device == "cuda":
@@ -195,23 +196,30 @@ def check(contestant: Contestant, layer: Layer, dtype: torch.dtype, device: str)
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if contestant.computes == "statistics":
         return None if torch.equal(result, expected.sink_counts) else "other sink counts than the reference"
+    scoring = Scoring(mask, scale=layer.dim**-0.5)
     if contestant.computes == "column sums":
-        maps, _, _ = attention_maps(inputs.query, inputs.key, Scoring(scale=layer.dim**-0.5))
-        error = (result - maps.sum(-2)).abs().max().item()
-        return None if error <= 10 * TOLERANCE[dtype] else f"an error of {error:.1e} against the reference"
-    output, wanted = result, expected.output
+        sums = [reference.attention_maps(query, key, scoring, kind)[0].sum(-2) for kind in (torch.float64, dtype)]
+        return difference(result.to(dtype), *sums)
+    output, head = result, torch.zeros_like(expected.head)
     if contestant.computes == "eah":
         output, head, counts = result
         rounded = contestant.name.startswith("eager") and dtype != torch.float32  # its counts are those of rounded maps
         if not rounded and not (torch.equal(head, expected.head) and torch.equal(counts, expected.sink_counts)):
             return "another head or other sink counts than the reference"
-        wanted = shared_map_attention(*inputs[:3], head, **options)
     elif contestant.computes == "attention":
-        wanted = shared_map_attention(*inputs[:3], torch.full_like(expected.head, -1), **options)
-    else:
-        wanted = shared_map_attention(*inputs[:3], torch.zeros_like(expected.head), **options)
-    if inputs.attention_mask is not None:  # what a padding row outputs is nobody's concern
-        real = inputs.attention_mask[:, None, :, None]
-        output, wanted = output.masked_fill(~real, 0), wanted.masked_fill(~real, 0)
-    error = (output - wanted).abs().max().item()
-    return None if error <= TOLERANCE[dtype] else f"an error of {error:.1e} against the reference"
+        head = torch.full_like(head, -1)
+    outputs = [
+        output,
+        reference.shared_map_attention(*(t.double() for t in (query, key, value)), head, scoring, torch.float64),
+        reference.shared_map_attention(query, key, value, head, scoring, dtype),
+    ]
+    if mask is not None:  # what a padding row outputs is nobody's concern
+        outputs = [each.masked_fill(~mask[:, None, :, None], 0) for each in outputs]
+    return difference(*outputs)
+
+
+def difference(output: Tensor, expected: Tensor, plain: Tensor) -> str | None:
+    """How far output is from the reference where that is too far (eah_kernels.testing)."""
+    if agrees(output, expected, plain):
+        return None
+    return f"an error of {largest_error(output, expected):.1e} against the reference"

@@ -14,6 +14,7 @@ from torch import Tensor
 import eah
 from eah.doctor import why_no_enable, why_not
 from eah_kernels import EAHResult, eah_attention
+from eah_kernels.testing import agrees, largest_error
 
 PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 NEW_TOKENS = 12
@@ -78,12 +79,14 @@ def print_demo(results: dict) -> None:
         "The weights are random: the text means nothing and is not shown, and nothing here says how well EAH works.\n"
         "It says that the method runs where it should. `eah generate` runs it in a trained model.\n"
     )
-    print("backend     head, sinks  largest error of the output, against the float32 reference")
+    print("backend     head, sinks  output     its largest error, against the float64 reference")
     for backend, found in results["agreement"].items():
         if "unavailable" in found:
             print(f"{backend:10}  unavailable: {found['unavailable']}")
         else:
-            print(f"{backend:10}  {'equal' if found['equal'] else 'DIFFERENT':11}  {found['largest_error']:.1e}")
+            choice = "equal" if found["equal"] else "DIFFERENT"
+            output = "agrees" if found["agrees"] else "DISAGREES"
+            print(f"{backend:10}  {choice:11}  {output:9}  {found['largest_error']:.1e}")
     timing = results["timing"]
     print(f"\none attention layer, {timing['shape']}, {timing['dtype']}; {timing['rounds']} rounds in turns")
     print("                    median ms  fastest-slowest   to plain SDPA")
@@ -203,15 +206,17 @@ def layer_inputs(device: str, dtype: torch.dtype, length: int = 648, heads: int 
 @torch.no_grad()
 def compare(backend: str, device: str) -> dict:
     """A backend against the reference on one layer of 200 tokens and 8 heads."""
-    inputs = layer_inputs(device, torch.float32, 200, 8)
-    expected = eah_attention(*inputs, threshold=0.006, backend="reference")
+    inputs = *tensors, image_mask = layer_inputs(device, torch.float32, 200, 8)
+    plain = eah_attention(*inputs, threshold=0.006, backend="reference")
+    exact = eah_attention(*(t.double() for t in tensors), image_mask, threshold=0.006, backend="reference")
     try:
         result = eah_attention(*inputs, threshold=0.006, backend=backend)
     except ValueError as error:
         return {"unavailable": why_not(error, backend)}
     return {
-        "equal": torch.equal(result.head, expected.head) and torch.equal(result.sink_counts, expected.sink_counts),
-        "largest_error": (result.output - expected.output).abs().max().item(),
+        "equal": torch.equal(result.head, exact.head) and torch.equal(result.sink_counts, exact.sink_counts),
+        "agrees": agrees(result.output, exact.output, plain.output),
+        "largest_error": largest_error(result.output, exact.output),
     }
 
 

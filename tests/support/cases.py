@@ -1,4 +1,4 @@
-"""Inputs in which heads differ, and the tolerance rule every backend is held to."""
+"""Inputs in which heads differ, and what every backend is held to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from eah_kernels import EAHResult, eah_attention, reference, shared_map_attention, sink_statistics
 from eah_kernels.masks import Scoring
 from eah_kernels.native import cpu
+from eah_kernels.testing import agrees, largest_error
 
 WHY_NOT_NATIVE = cpu.why_not()
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(WHY_NOT_NATIVE is not None, reason=str(WHY_NOT_NATIVE)))
@@ -208,23 +209,18 @@ def column_mean(inputs: Inputs, backend: str) -> Tensor:
     return sink_statistics(inputs.query, inputs.key, inputs.image_mask, return_column_mean=True, **options).column_mean
 
 
-def assert_close(out: Tensor, ref: Tensor, plain: Tensor) -> None:
-    """FlashAttention's rule: at most twice the error of the same-dtype eager form, plus twice the rounding near ref.
+def assert_close(out: Tensor, ref: Tensor, plain: Tensor, value: Tensor | None = None) -> None:
+    """eah_kernels.testing.agrees, with what is wrong."""
+    assert out.shape == ref.shape and out.dtype == plain.dtype and not out.isnan().any(), "shape, dtype or NaN"
+    assert agrees(out, ref, plain, value), (
+        f"off by {largest_error(out, ref):.3g}; the eager form by {largest_error(plain, ref):.3g}"
+    )
 
-    Five times in float32, where no rounding of operands hides that the kernels round scores in two passes, the
-    log-sum-exp between them, and the eager form in one. In float64 ref is itself the eager form: a plain tolerance.
-    """
-    if plain.dtype == torch.float64:
-        torch.testing.assert_close(out, ref, rtol=1e-10, atol=1e-12)
-        return
-    factor = 5 if plain.dtype == torch.float32 else 2
-    assert out.shape == ref.shape and out.dtype == plain.dtype
-    rounded = ref.to(plain.dtype)
-    rounding = ((rounded + 0.3 - 0.3).double() - rounded.double()).abs()
-    error, plain_error = (out.double() - ref).abs(), (plain.double() - ref).abs()
-    if error.numel():
-        assert not out.isnan().any()
-        assert error.max() <= factor * plain_error.max() + 2 * rounding.max(), (error.max(), plain_error.max())
+
+def assert_statistics_close(lse: Tensor, mean: Tensor, exact_lse: Tensor, exact_mean: Tensor) -> None:
+    """Row log-sum-exps and column means against those of float64."""
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-4, atol=1e-6)
 
 
 def check(case: Case, backend: str, dtype=torch.float32, device="cpu") -> None:
@@ -244,8 +240,7 @@ def check(case: Case, backend: str, dtype=torch.float32, device="cpu") -> None:
         *tensors[:2], inputs.image_mask, threshold=threshold, return_column_mean=True, **options
     )
     assert torch.equal(statistics.sink_counts, counts)
-    torch.testing.assert_close(statistics.lse.double(), lse, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(statistics.column_mean.double(), mean, rtol=1e-4, atol=1e-6)
+    assert_statistics_close(statistics.lse, statistics.column_mean, lse, mean)
 
     other = torch.arange(case.batch, dtype=torch.int32, device=inputs.query.device) % case.heads - 1
     ref = reference.shared_map_attention(*(t.double() for t in tensors), other, inputs.scoring, torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor
 from eah_kernels import reference, shared_map_attention, sink_statistics
 from eah_kernels.masks import Scoring
 
-from .cases import Case, Inputs, assert_close, make, pick_threshold, run
+from .cases import Case, Inputs, assert_close, assert_statistics_close, make, pick_threshold, run
 
 ROWS = 1024  # of a block
 
@@ -66,8 +66,7 @@ def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
     tensors = inputs.query, inputs.key, inputs.value
     options = dict(attention_mask=inputs.attention_mask, backend=backend, **inputs.rules)
     found = sink_statistics(*tensors[:2], inputs.image_mask, threshold=threshold, return_column_mean=True, **options)
-    torch.testing.assert_close(found.lse.double(), lse, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(found.column_mean.double(), mean, rtol=1e-4, atol=1e-6)
+    assert_statistics_close(found.lse, found.column_mean, lse, mean)
 
     none = torch.full_like(head, -1)
     plain = shared_map(inputs, none, dtype)
