@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eah_kernels import ops, reference, selection
-from eah_kernels.backends import choose_backend
+from eah_kernels.backends import Call, choose_backend
 from eah_kernels.checks import (
     check_counts,
     check_fraction,
@@ -26,6 +26,7 @@ from eah_kernels.checks import (
 )
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
+from eah_kernels.precision import exact, reference_dtype
 
 
 class EAHResult(NamedTuple):
@@ -107,14 +108,16 @@ def eah_attention(
     check_fraction("threshold", threshold, math.inf)
     check_fraction("min_density", min_density, 1.0)
     number = receivers(broadcast_to, query.shape[1])
-    backend = choose_backend(backend, query)
+    # A number of heads is chosen from the statistics.
+    function = "eah_attention" if number is None else "sink_statistics"
+    backend = choose_backend(backend, Call(function, query, key, value, scoring))
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         counts = query.new_zeros(query.shape[:2], dtype=torch.int32)
         return EAHResult(empty_output(query, value).zero_(), counts.new_full(query.shape[:1], -1), counts)
     arguments = query, key, value, image_mask, threshold, min_density
     with exact(query):
         if backend == "reference":
-            return EAHResult(*reference.eah_attention(*arguments, scoring, _reference_dtype(query), number))
+            return EAHResult(*reference.eah_attention(*arguments, scoring, reference_dtype(query), number))
         if number is None:
             return EAHResult(*ops.eah_attention(*arguments, *scoring, backend))
         sink_counts, _, _ = ops.sink_statistics(query, key, image_mask, threshold, False, *scoring, backend)
@@ -147,7 +150,7 @@ def sink_statistics(
     scoring = check_scoring(query, key, attention_mask, causal, scale, sliding_window, softcap)
     check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
     check_fraction("threshold", threshold, math.inf)
-    backend = choose_backend(backend, query)
+    backend = choose_backend(backend, Call("sink_statistics", query, key, None, scoring))
     batch, heads, q_len, _ = query.shape
     if query.numel() == 0 or key.shape[2] == 0:
         counts = query.new_zeros(batch, heads, dtype=torch.int32)
@@ -157,7 +160,7 @@ def sink_statistics(
         arguments = query, key, image_mask, threshold
         with exact(query):
             if backend == "reference":
-                counts, lse, mean = reference.sink_statistics(*arguments, scoring, _reference_dtype(query))
+                counts, lse, mean = reference.sink_statistics(*arguments, scoring, reference_dtype(query))
                 lse, mean = lse.float(), mean.float()
             else:
                 counts, lse, mean = ops.sink_statistics(*arguments, return_column_mean, *scoring, backend)
@@ -263,12 +266,12 @@ def shared_map_attention(
         if tuple(receives.shape) not in shapes or receives.dtype != torch.bool or receives.device != query.device:
             accepted = f"{shapes[0]} or {shapes[1]} bool on {query.device}"
             raise ValueError(f"receives must be {accepted}, got {describe(receives)}")
-    backend = choose_backend(backend, query)
+    backend = choose_backend(backend, Call("shared_map_attention", query, key, value, scoring))
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         return empty_output(query, value).zero_()
     with exact(query):
         if backend == "reference":
-            return reference.shared_map_attention(query, key, value, head, scoring, _reference_dtype(query), receives)
+            return reference.shared_map_attention(query, key, value, head, scoring, reference_dtype(query), receives)
         return _lend(query, key, value, head, receives, scoring, backend)
 
 
@@ -280,15 +283,6 @@ def _lend(query, key, value, head, receives, scoring: Scoring, backend: str) -> 
     own = ops.shared_map_attention(query, key, value, none, *scoring, backend)
     receives = receives[..., None] if receives.dim() == 2 else receives
     return torch.where(receives[..., None], shared, own)  # where head is -1 they are the same
-
-
-def exact(query: Tensor) -> torch.autocast:
-    """Scores are float32 under autocast, too."""
-    return torch.autocast(query.device.type, enabled=False)
-
-
-def _reference_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _named_shapes(result: NamedTuple) -> str:

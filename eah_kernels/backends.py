@@ -1,57 +1,73 @@
-"""Which backend runs: the named one, or for "auto" the fastest that the device and dtype allow."""
+"""The backends, one row each, and which one runs: the named one, or for "auto" the fastest that can."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from eah_kernels.masks import Scoring
 from eah_kernels.native import cpu, cuda
 
-MODULES = {"torch": "eah_kernels.torch_blocked", "triton": "eah_kernels.triton", "native": "eah_kernels.native"}
-BACKENDS = ("auto", "reference", *MODULES)
+
+class Call(NamedTuple):
+    """What is asked of a backend: one of its functions, and on what. Of the tensors no value is read."""
+
+    function: str  # "eah_attention", "sink_statistics" or "shared_map_attention"
+    query: Tensor
+    key: Tensor
+    value: Tensor | None  # None: "sink_statistics"
+    scoring: Scoring
 
 
-def choose_backend(backend: str, query: Tensor) -> str:
-    """The backend that runs: the named one, or for "auto" the fastest there is for query's device and dtype.
+class Backend(NamedTuple):
+    module: str | None  # imported when it first runs; None: called without an op
+    why_not: Callable[[Call], str | None]  # why it cannot run a call, or None
+
+
+def choose_backend(backend: str, call: Call) -> str:
+    """The backend that runs a call: the named one, or for "auto" the fastest there is.
 
     For float16, bfloat16 and float32 "auto" takes "triton" on a CUDA or ROCm device where Triton is installed and
     "native" on the CPU where the extension is built; in every other case "torch". "reference" is never chosen for you,
     nor is "native" on a CUDA device: no measurement shows it ahead yet.
 
     Raises:
-        ValueError: an unknown name, or a named backend that cannot run on query; the message says why.
+        ValueError: an unknown name, or a named backend that cannot run the call; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    why_not = {"triton": why_not_triton, "native": why_not_native}
     if backend == "auto":
-        fastest = "triton" if query.device.type == "cuda" else "native"
-        return "torch" if why_not[fastest](query.device, query.dtype) else fastest
-    missing = why_not[backend](query.device, query.dtype) if backend in why_not else None
+        fastest = "triton" if call.query.device.type == "cuda" else "native"
+        return "torch" if ROWS[fastest].why_not(call) else fastest
+    missing = ROWS[backend].why_not(call)
     if missing:
         raise ValueError(f'backend="{backend}" cannot be used: {missing}')
     return backend
 
 
-def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the native kernels cannot run on such tensors, or None."""
-    if dtype == torch.float64:
+def why_not_native(call: Call) -> str | None:
+    """Why the native kernels cannot run a call, or None."""
+    device = call.query.device
+    if call.query.dtype == torch.float64:
         return "float64 has no native kernel; accepted are float16, bfloat16 and float32"
     if device.type == "cuda":
-        return cuda.why_not()
+        return cuda.why_not() or cuda.why_not_these(*call)
     if device.type != "cpu":
         return f"it runs on CPUs and CUDA devices; the device here is {device}"
     return cpu.why_not()
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run on such tensors, or None."""
+def why_not_triton(call: Call) -> str | None:
+    """Why the Triton kernels cannot run a call, or None."""
+    device, dtype = call.query.device, call.query.dtype
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype == torch.float64:
@@ -82,3 +98,11 @@ def _triton() -> tuple[int, ...]:
 
 
 _triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in native/cpu.py
+
+ROWS = {
+    "reference": Backend(None, lambda call: None),
+    "torch": Backend("eah_kernels.torch_blocked", lambda call: None),
+    "triton": Backend("eah_kernels.triton", lambda call: why_not_triton(call)),
+    "native": Backend("eah_kernels.native", why_not_native),
+}
+BACKENDS = ("auto", *ROWS)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eah_kernels import ops
-from eah_kernels.api import exact
 from eah_kernels.checks import check_fraction, check_image_mask, check_scoring, describe, require_tensors
+from eah_kernels.precision import exact
 
 
 class HeadsByRow(NamedTuple):

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from eah_kernels.backends import MODULES
+from eah_kernels.backends import ROWS
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
 
@@ -20,7 +20,9 @@ SCORING = "Tensor? attention_mask, bool causal, float scale, int? sliding_window
 
 
 def _backend(name: str) -> ModuleType:
-    return import_module(MODULES[name])
+    module = ROWS[name].module
+    assert module is not None, f"{name} is called without an op"
+    return import_module(module)
 
 
 @torch.library.custom_op(

@@ -20,7 +20,7 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
 
 
 def sink_statistics(query, key, image_mask, threshold, return_column_mean, scoring: Scoring):
-    return _part(query).sink_statistics(query, key, image_mask, threshold, return_column_mean, scoring)
+    return cpu.sink_statistics(query, key, image_mask, threshold, return_column_mean, scoring)
 
 
 def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:

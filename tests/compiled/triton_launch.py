@@ -121,7 +121,7 @@ def compiled(target: str, *, seed: int = 0, observe: Callable[[Launched], None] 
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder() / "triton")),  # what it keeps has no machine code
         mock.patch.object(CUDABackend, "make_cubin", lambda self, source, *rest: source.encode()),
         mock.patch.object(launching, "device_target", lambda device: target),
-        mock.patch.object(backends, "why_not_triton", lambda device, dtype: None),
+        mock.patch.object(backends, "why_not_triton", lambda call: None),
     ):
         triton.runtime.driver.set_active(driver)
         yield driver

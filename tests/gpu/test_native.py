@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eah_kernels import eah_attention, reference, shared_map_attention
-from eah_kernels.backends import choose_backend
+from eah_kernels.backends import Call, choose_backend
 from eah_kernels.native import cuda as native_cuda
 
 from ..kernels.test_native_cuda import DECODE, HALF, PREFILL
@@ -106,8 +106,8 @@ def test_addresses_past_32_bits(name):
 
 def test_auto_does_not_take_them_and_they_do_not_fall_back():
     inputs = make(Case(q_len=70), torch.float16, "cuda")
-    assert choose_backend("auto", inputs.query) != "native"
     tensors = inputs.query, inputs.key, inputs.value, inputs.image_mask
+    assert choose_backend("auto", Call("eah_attention", *tensors[:3], inputs.scoring)) != "native"
     with pytest.raises(ValueError, match="softcap: got 5"):
         eah_attention(*tensors, softcap=5.0, backend="native")
     with pytest.raises(ValueError, match='broadcast_to="all"'):

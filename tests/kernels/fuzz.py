@@ -22,6 +22,7 @@ import torch
 
 import eah_kernels
 from eah_kernels import backends, reference
+from eah_kernels.masks import Scoring
 
 from ..support.cases import LAYOUTS, Case, assert_close, assert_statistics_close, exact, laid_out, make
 
@@ -302,7 +303,9 @@ def main() -> int:
     asked = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 30) if asked.seed is None else asked.seed
     why_not = {"native": backends.why_not_native, "triton": backends.why_not_triton}
-    missing = {name: why_not[name](torch.device("cpu"), torch.float32) for name in asked.backends if name in why_not}
+    tensor = torch.zeros(1, 1, 1, 1)
+    call = backends.Call("eah_attention", tensor, tensor, tensor, Scoring())
+    missing = {name: why_not[name](call) for name in asked.backends if name in why_not}
     names = [name for name in asked.backends if not missing.get(name)]
     print(
         f"seed {seed}, backends {', '.join(names)}", *(f"without {n}: {w}" for n, w in missing.items() if w), sep="\n"

@@ -1,6 +1,7 @@
 """Bad arguments get an error that names the argument; odd but valid ones work."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from eah_kernels import (
     shared_map_attention,
     sink_statistics,
 )
+from eah_kernels.masks import Scoring
 
 from ..support.cases import NATIVE
 
@@ -141,7 +143,8 @@ def test_a_triton_that_compiles_races_is_refused(monkeypatch, capability, releas
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(backends, "_triton", lambda: release)
-    reason = backends.why_not_triton(torch.device("cuda", 0), torch.float16)
+    tensor = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+    reason = backends.why_not_triton(backends.Call("eah_attention", tensor, tensor, tensor, Scoring()))
     assert (reason is None) == usable and (usable or "3.7.1" in reason)
 
 

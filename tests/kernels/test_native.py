@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eah_kernels import eah_attention, native, native_parts, shared_map_attention, sink_statistics
-from eah_kernels.backends import choose_backend
+from eah_kernels.backends import Call, choose_backend
+from eah_kernels.masks import Scoring
 from eah_kernels.native import cuda as native_cuda
 
 from ..support.cases import NATIVE, WHY_NOT_NATIVE, Case, exact, make
@@ -113,28 +113,48 @@ def test_without_onednn():
     torch.testing.assert_close(plain.output, attend(inputs).output, rtol=2e-2, atol=2e-2)
 
 
+def call_on(tensor):
+    return Call("eah_attention", tensor, tensor, tensor, Scoring())
+
+
+class OnCuda:
+    """A tensor as it would be on a CUDA device: nothing of it is read before the kernels are launched."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        return getattr(self.tensor, name)
+
+
 @pytest.mark.parametrize("backend", [NATIVE])
 def test_auto_takes_it_on_the_cpu(backend):
-    assert choose_backend("auto", torch.zeros(1)) == backend
-    assert choose_backend("auto", torch.zeros(1, dtype=torch.float64)) == "torch"
+    assert choose_backend("auto", call_on(torch.zeros(1, 1, 1, 64))) == backend
+    assert choose_backend("auto", call_on(torch.zeros(1, 1, 1, 64, dtype=torch.float64))) == "torch"
 
 
 def test_on_cuda_it_is_used_when_named_and_not_by_auto(monkeypatch):
-    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)  # all that is looked at
+    call = call_on(OnCuda(torch.zeros(1, 2, 20, 64, dtype=torch.float16)))
     monkeypatch.setitem(sys.modules, "eah_kernels._cuda", None)
     native_cuda._load.cache_clear()
     try:
         with pytest.raises(ValueError, match=r"eah_kernels\._cuda is not built.*nvcc"):
-            choose_backend("native", tensor)
+            choose_backend("native", call)
         assert "not built" in native_parts()["cuda"]
     finally:
         native_cuda._load.cache_clear()
     monkeypatch.setattr(native_cuda, "_load", lambda: None)
-    assert choose_backend("native", tensor) == "native"
-    assert choose_backend("auto", tensor) != "native"
-    tensor.dtype = torch.float64
-    with pytest.raises(ValueError, match="float64"):
-        choose_backend("native", tensor)
+    assert choose_backend("native", call) == "native"
+    assert choose_backend("auto", call) != "native"
+    for refused, why in (
+        (call_on(OnCuda(torch.zeros(1, 2, 20, 64, dtype=torch.float64))), "float64"),
+        (call._replace(scoring=Scoring(softcap=5.0)), "softcap: got 5.0, accepted: None"),
+        (call._replace(function="sink_statistics"), "no statistics of their own"),
+    ):
+        with pytest.raises(ValueError, match=f'backend="native" cannot be used: .*{why}'):
+            choose_backend("native", refused)
 
 
 def test_a_missing_extension_says_why(monkeypatch):
@@ -146,7 +166,7 @@ def test_a_missing_extension_says_why(monkeypatch):
     try:
         with pytest.raises(ValueError, match=r'backend="native".*eah_kernels\._C is not built'):
             attend(inputs)
-        assert choose_backend("auto", inputs.query) == "torch"
+        assert choose_backend("auto", call_on(inputs.query)) == "torch"
     finally:
         native.cpu._load.cache_clear()
 
