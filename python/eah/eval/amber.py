@@ -59,7 +59,11 @@ class Amber:
         self.words = words_of(words, self.vocabulary)
         self.similarity = similarity_of(vectors)
         self.annotations = self._annotations()
-        self.parts = {"all": self._queries()}
+        whole, kinds = self.folder / "query/query_all.json", ("generative", "discriminative")
+        queries = [whole] if whole.exists() else [whole.with_name(f"query_{kind}.json") for kind in kinds]
+        self.parts = {"all": self._queries(queries)}
+        names = ("annotations.json", "relation.json", "safe_words.txt")
+        self.files = [*(self.folder / name for name in names), *queries]
 
     def _annotations(self) -> dict[int, dict]:
         path = self.folder / "annotations.json"
@@ -76,12 +80,7 @@ class Amber:
                 raise ValueError(f"{path}, record {number}: truth must be yes or no, got {record.get('truth')!r}")
         return by_key(((field(record, "id", path, number, int), record) for number, record in numbered), path, "id")
 
-    def _queries(self) -> list[Item]:
-        folder = self.folder / "query"
-        whole = folder / "query_all.json"
-        paths = (
-            [whole] if whole.exists() else [folder / f"query_{kind}.json" for kind in ("generative", "discriminative")]
-        )
+    def _queries(self, paths: list[Path]) -> list[Item]:
         items = []
         for path in paths:
             for number, record in enumerate(read_records(path), 1):
@@ -90,7 +89,7 @@ class Amber:
                 if id not in self.annotations:
                     raise ValueError(f"{path}, record {number}: id {id} is not in annotations.json")
                 items.append(Item(id, image, query, self.annotations[id]["truth"] if self._kind(id) else None))
-        by_key(((item.id, item) for item in items), folder, "id")
+        by_key(((item.id, item) for item in items), self.folder / "query", "id")
         return items
 
     def _kind(self, id: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -40,6 +41,7 @@ class Benchmark(Protocol):
     name: str
     max_new_tokens: int
     parts: Mapping[str, list[Item]]
+    files: list[Path]  # all that was read
     answer_keys: tuple[tuple[str, str], ...]  # of answer files: the names of the id and of the answer
     complete: bool  # an answer file has to answer every item
     counted: tuple[str, ...]  # the names of all sums

@@ -72,12 +72,14 @@ class Chair:
         if len(data) != 1 or not Path(data[0]).is_dir():
             raise ValueError(f"--data of chair must be one folder with COCO's annotations, got {' '.join(data)}")
         self.folder, self.unfinished = Path(data[0]), unfinished
-        self.objects = synonym_table(Path(synonyms) if synonyms else self.folder / "synonyms.txt")
+        table = Path(synonyms) if synonyms else self.folder / "synonyms.txt"
+        self.objects = synonym_table(table)
         vocabulary = {word for phrase in [*self.objects, *MERGED, *MERGED.values()] for word in phrase.split()}
         self.words = words_of(words, vocabulary)
         splits = [split for split in ("val2014", "train2014") if split == "val2014" or self._has(split)]
         self._instances = [(path, read_json(path)) for path in (self._file("instances", split) for split in splits)]
         self._captions = [(path, read_json(path)) for path in (self._file("captions", split) for split in splits)]
+        self.files = [table, *(path for path, _ in (*self._instances, *self._captions))]
         images = {image["id"]: image["file_name"] for _, content in self._instances for image in content["images"]}
         self.parts = {"all": [Item(id, file, prompt or PROMPT) for id, file in images.items()]}
         self._truth: dict[int, frozenset[str]] = {}

@@ -16,6 +16,11 @@ def add_eval(commands) -> list[argparse.ArgumentParser]:
     parser = commands.add_parser("eval", help="POPE, CHAIR, AMBER on your own model and data, without and with EAH")
     parser.set_defaults(run=lambda _: parser.print_help() or 0)
     actions = parser.add_subparsers(dest="action", metavar="run|score|report")
+    run = actions.add_parser("run", help="let a model answer, and score; the same command again goes on where it was")
+    _add_data(run)
+    _add_model(run)
+    _add_scoring(run)
+    run.set_defaults(run=_run)
     score = actions.add_parser("score", help="score answer files, also others'; needs no model")
     _add_data(score)
     score.add_argument(
@@ -31,9 +36,9 @@ def add_eval(commands) -> list[argparse.ArgumentParser]:
     report = actions.add_parser("report", help="one table and its plots from several runs")
     report.add_argument("folders", nargs="+", metavar="DIR", help="the --out of a run or score")
     report.set_defaults(run=_report)
-    for action in (score, report):
+    for action in (run, score, report):
         action.add_argument("--out", required=True, metavar="DIR", help="where the results are written")
-    return [score, report]
+    return [run, score, report]
 
 
 def _add_data(parser) -> None:
@@ -49,6 +54,46 @@ def _add_data(parser) -> None:
     parser.add_argument("--subsets", type=_count, default=1, metavar="K", help="K disjoint subsets of --limit images")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the subsets (default: 0)")
     parser.add_argument("--image-list", metavar="FILE", help="only these images, one a line")
+
+
+def _add_model(parser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder with the model and its processor")
+    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of the pictures")
+    knobs = parser.add_argument_group("variants: every combination of these, and the model as it is")
+    knobs.add_argument("--layers", type=_layers, nargs="+", default=[(1,)], metavar="N[+N...]", help="(default: 1)")
+    knobs.add_argument("--threshold", type=float, nargs="+", default=[0.002], metavar="T", help="(default: 0.002)")
+    knobs.add_argument("--min-density", type=float, nargs="+", default=[0.0], metavar="D")
+    knobs.add_argument("--decode", nargs="+", default=["off"], choices=("off", "hold", "track"))
+    knobs.add_argument("--backend", default="auto")
+    knobs.add_argument("--no-base", action="store_true", help="without the model as it is")
+    how = parser.add_argument_group("generation: greedy, whatever the model's folder says")
+    how.add_argument("--batch-size", type=_count, default=1, metavar="N")
+    how.add_argument("--max-new-tokens", type=_count, metavar="N", help="(default: 10 of pope, 512 of the others)")
+    how.add_argument("--prompt", metavar="TEXT", help="of chair")
+    how.add_argument("--prompt-suffix", default="none", metavar="none|llava|vcd|TEXT", help="after every question")
+    how.add_argument("--prompt-format", metavar="TEXT", help="with <image> and {}, in place of the chat template")
+    how.add_argument("--generation", type=_setting, nargs="+", default=[], metavar="KEY=VALUE", help="of transformers")
+    how.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="of sampling, a part each")
+    how.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    how.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    how.add_argument("--trust-remote-code", action="store_true", help="let the model's folder bring its own code")
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    numbers = text.split("+")
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"a set of layers is numbers from 0 on, such as 1 or 0+1; got {text!r}")
+    return tuple(map(int, numbers))
+
+
+def _setting(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 def _add_scoring(parser) -> None:
@@ -71,6 +116,13 @@ def _answers(text: str) -> tuple[str, str | None, str]:
     if match is None:
         raise argparse.ArgumentTypeError(f"must be NAME=FILE or NAME:PART=FILE, got {text!r}")
     return match["name"], match["part"], match["path"]
+
+
+def _run(arguments) -> int:
+    from eah.eval.start import start
+
+    benchmark, settings = load(arguments)
+    return start(benchmark, settings, arguments)
 
 
 def _score(arguments) -> int:

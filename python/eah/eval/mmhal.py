@@ -23,6 +23,7 @@ class Mmhal:
     def __init__(self, data: list[str]):
         if len(data) != 1:
             raise ValueError(f"--data of mmhal must be one file, the response template, got {' '.join(data)}")
+        self.files = [Path(data[0])]
         self.template = read_records(data[0])
         pairs = ((number, record) for number, record in enumerate(self.template, 1))
         self.parts = {

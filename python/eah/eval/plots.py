@@ -65,7 +65,8 @@ def _by_threshold(figure_class, bench: str, values: dict, bounds: dict):
             axes.axhline(values[first][metric], color="black", linestyle="--", label=first)
         axes.set(xlabel="threshold", ylabel=metric)
         axes.set_xscale("symlog", linthresh=1e-4)
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     return figure
 
 
@@ -76,7 +77,8 @@ def _by_length(figure_class, values: dict):
             if found[metric] is not None and found["length"] is not None:
                 axes.plot(found["length"], found[metric], "o", label=variant)
         axes.set(xlabel="length, tokens", ylabel=metric)
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     return figure
 
 

@@ -22,6 +22,7 @@ class Pope:
 
     def __init__(self, data: list[str], rule: str = "official"):
         self.parse = PARSE[rule]
+        self.files = [Path(path) for path in data]
         self.parts = by_key(((Path(path).stem.split("_")[-1], _questions(path)) for path in data), "--data", "part")
 
     def judge(self, item: Item, answer: str) -> Judged:

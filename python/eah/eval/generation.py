@@ -1,0 +1,159 @@
+"""A batch of questions and pictures to answers, with the same answers that each would get alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import eah
+from eah.eval.benchmark import Item
+from eah.eval.variants import Variant
+
+SUFFIXES = {
+    "none": "",
+    "llava": "\nAnswer the question using a single word or phrase.",
+    "vcd": " Please answer this question with one word.",
+}
+OWN = {  # of transformers' generation settings, those that are not for --generation, and why
+    "max_new_tokens": "--max-new-tokens is its option",
+    "num_return_sequences": "a question has one answer",
+    "return_dict_in_generate": "the answers alone are wanted",
+    "stop_strings": "an answer ends at its end token or at the largest number of tokens",
+}
+
+
+def check_changes(changes: dict[str, Any]) -> None:
+    """Raises ValueError for a setting that transformers does not know, or that is not the user's here."""
+    from transformers import GenerationConfig
+
+    for key in changes:
+        if key in OWN:
+            raise ValueError(f"--generation {key}: {OWN[key]}")
+        if not hasattr(GenerationConfig(), key):
+            raise ValueError(f"--generation {key}: transformers has no such setting")
+
+
+def neutral_config(model, max_new_tokens: int, changes: dict[str, Any]):
+    """Greedy decoding whatever the model's folder says, with its special tokens, and then the changes."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    eos = own.eos_token_id
+    pad = own.pad_token_id if own.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
+    tokens = {"bos_token_id": own.bos_token_id, "eos_token_id": eos, "pad_token_id": pad}
+    greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+    return GenerationConfig(**{**tokens, **greedy, **changes})
+
+
+@contextlib.contextmanager
+def generating_by(model, config) -> Iterator[None]:
+    """Within it the model, and the models inside it, know of no other generation settings.
+
+    generate() fills what a config leaves open from the model's own, a folder's repetition penalty for instance.
+    """
+    owners = [module for module in model.modules() if getattr(module, "generation_config", None) is not None]
+    before = [module.generation_config for module in owners]
+    for module in owners:
+        module.generation_config = config
+    try:
+        yield
+    finally:
+        for module, own in zip(owners, before, strict=True):
+            module.generation_config = own
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """From a question to what the processor is given.
+
+    form: with "<image>" where the picture is and "{}" where the question is; None: the processor's chat template or,
+    without one, the picture first.
+    """
+
+    processor: Any
+    suffix: str = ""
+    form: str | None = None
+
+    def text(self, question: str) -> str:
+        """
+        Raises:
+            ValueError: the processor has neither an image token nor a chat template.
+        """
+        question += self.suffix
+        token = getattr(self.processor, "image_token", None)
+        if self.form is None and getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        if not isinstance(token, str):
+            raise ValueError(f"{type(self.processor).__name__} has no image token: it is of no vision-language model")
+        form = "<image>\n{}" if self.form is None else self.form
+        return form.replace("<image>", token).replace("{}", question)
+
+    def inputs(self, texts: list[str], pictures: list) -> Any:
+        """A batch, padded on the left."""
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+        options = {"add_special_tokens": False} if begun else {}
+        images = [[picture] for picture in pictures]
+        return self.processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
+
+
+def answer_batch(
+    model, prompts: Prompts, config, variant: Variant | None, items: Sequence[Item], pictures
+) -> list[dict]:
+    """The records of answers/*.jsonl, one an item. variant None: the model as it is. pictures: PIL images in RGB."""
+    texts = [prompts.text(item.prompt) for item in items]
+    inputs = prompts.inputs(texts, pictures).to(model.device, model.dtype)
+    heads = None
+    if variant is None:
+        output = model.generate(**inputs, generation_config=config)
+    else:
+        # Enabled for each batch: the first report of its history is then of this batch's first prefill, also where
+        # a second branch of the decoding has prefills of its own.
+        with eah.enable(model, history=2 * config.max_new_tokens + 2, **asdict(variant)) as handle:
+            output = model.generate(**inputs, generation_config=config)
+            heads = chosen_heads(handle.history, len(items))
+    answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+    records = []
+    for row, (item, text, tokens) in enumerate(zip(items, texts, answers, strict=True)):
+        kept = before_eos(tokens, config.eos_token_id)
+        record = {
+            "id": item.id,
+            "image": item.image,
+            "prompt": text,
+            "answer": prompts.processor.tokenizer.decode(kept, skip_special_tokens=True).strip(),
+            "tokens": len(kept),
+            "stopped": "eos" if len(kept) < len(tokens) else "length",
+        }
+        records.append(record if heads is None else record | {"heads": heads[row]})
+    return records
+
+
+def chosen_heads(history, batch: int) -> list[dict[str, int | None]]:
+    """Of each row the head by layer, in the first prefill; with beams, of each row's first beam."""
+    found = [{} for _ in range(batch)]
+    for layer in history[0].layers if history else ():
+        each = len(layer.rows) // batch
+        for row, heads in enumerate(found):
+            heads[str(layer.layer)] = layer.rows[row * each].head if each else None
+    return found
+
+
+def before_eos(tokens: list[int], eos: int | list[int] | None) -> list[int]:
+    ends = set(eos) if isinstance(eos, list) else {eos}
+    return tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def seed_batch(seed: int, batch: int) -> None:
+    """Sampling in a batch depends on nothing but these two: a resumed run equals an uninterrupted one."""
+    digest = hashlib.sha256(f"{seed} {batch}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

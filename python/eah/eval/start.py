@@ -1,0 +1,97 @@
+"""From the arguments of `eah eval run` to its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from eah.eval.command import finish, selected
+from eah.eval.files import sha256, write_json
+from eah.eval.generation import SUFFIXES, Prompts, check_changes, neutral_config
+from eah.eval.journal import alone_in
+from eah.eval.mmhal import Mmhal
+from eah.eval.run import answer, check_pictures, check_settings, check_variants, load_model, tasks, versions
+from eah.eval.subsets import with_files
+from eah.eval.variants import product
+
+
+def start(benchmark, scoring: dict, arguments) -> int:
+    """Answers, scores and tells; whatever can be refused without the weights is refused before they are read."""
+    if not Path(arguments.model).is_dir():
+        raise ValueError(f"--model must be a folder, and there is none {arguments.model}; nothing is downloaded")
+    changes = dict(arguments.generation)
+    check_changes(changes)
+    variants = product(
+        arguments.layers, arguments.threshold, arguments.min_density, arguments.decode, arguments.backend
+    )
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ValueError(f"--seeds must be distinct, got {' '.join(map(str, arguments.seeds))}")
+    parts = benchmark.parts
+    if benchmark.name == "chair" and not arguments.image_list:
+        parts = with_files(parts, arguments.images)  # COCO's folder holds one split, the annotations often two
+    parts = selected(parts, arguments)
+    empty = [part for part, items in parts.items() if not items]
+    if empty:
+        raise ValueError(f"part {empty[0]} has no item: no picture of {arguments.images} has annotations")
+    todo = tasks(variants, not arguments.no_base, parts, arguments.seeds)
+    check_pictures(arguments.images, todo)
+    device = device_of(arguments.device)
+    asked = {
+        "bench": benchmark.name,
+        "model": str(Path(arguments.model).resolve()),
+        "data": {path.name: sha256(path) for path in benchmark.files},
+        "image_list": sha256(arguments.image_list) if arguments.image_list else None,
+        "images": arguments.images,
+        "limit": arguments.limit,
+        "subsets": arguments.subsets,
+        "seed": arguments.seed,
+        "prompt": arguments.prompt,
+        "prompt_suffix": SUFFIXES.get(arguments.prompt_suffix, arguments.prompt_suffix),
+        "prompt_format": arguments.prompt_format,
+        "batch_size": arguments.batch_size,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions(),
+    }
+    out = Path(arguments.out)
+    with alone_in(out):
+        check_settings(out, asked)
+        processor, model = load_model(arguments.model, arguments.dtype, device, arguments.trust_remote_code)
+        check_variants(model, todo)
+        config = neutral_config(model, arguments.max_new_tokens or benchmark.max_new_tokens, changes)
+        prompts = Prompts(processor, asked["prompt_suffix"], arguments.prompt_format)
+        resolved = {
+            "generation": {
+                name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"
+            },
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "example_prompt": prompts.text(todo[0].items[0].prompt),
+        }
+        check_settings(out, asked | resolved)
+        write_json(out / "run.json", asked | resolved)
+        answered = answer(model, prompts, config, todo, arguments.images, arguments.batch_size, out)
+        if isinstance(benchmark, Mmhal):
+            return hand_to_judge(benchmark, answered, out)
+        return finish(benchmark, answered, scoring, arguments)
+
+
+def device_of(name: str | None) -> torch.device:
+    """
+    Raises:
+        ValueError: it cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--device {name!r} cannot be used: {reason}") from error
+
+
+def hand_to_judge(benchmark: Mmhal, answered, out: Path) -> int:
+    for (variant, part), pairs in answered.items():
+        path = out / "responses" / f"{variant}.{part}.json"
+        write_json(path, benchmark.responses(pairs))
+        print(f"{path}: have a judge rate it, then: eah eval score mmhal --answers {variant}=JUDGED ...")
+    return 0

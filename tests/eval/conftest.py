@@ -1,0 +1,1 @@
+from ..transformers.conftest import one_thread  # noqa: F401
