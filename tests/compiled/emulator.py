@@ -29,7 +29,7 @@ class _Launch(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in ("grid", "threads", "resident")],
         ("seed", ctypes.c_uint32),
-        *[(name, ctypes.c_int32) for name in ("unfenced", "unused")],
+        *[(name, ctypes.c_int32) for name in ("unfenced", "registers")],
         *[(name, ctypes.c_uint64) for name in ("shared_bytes", "param_bytes", "ranges")],
         ("params", ctypes.c_char_p),
         ("range", ctypes.c_void_p),
@@ -93,7 +93,7 @@ class Executable:
             table[3 * i : 3 * i + 3] = [begin, len(belongs), belongs.ctypes.data]
         program = self.program
         launch = _Launch(
-            grid, program.kernel.threads, resident, seed, unfenced, 0, shared_bytes, len(params), len(ranges), params,
+            grid, program.kernel.threads, resident, seed, unfenced, program.kernel.max_registers, shared_bytes, len(params), len(ranges), params,
             ctypes.addressof(table), limit, program.special.ctypes.data, barrier,
         )  # fmt: skip
         error, at = ctypes.create_string_buffer(512), ctypes.c_int32(-1)

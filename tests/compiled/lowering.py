@@ -31,7 +31,7 @@ INSTRUCTION = np.dtype(
 
 # Instructions that are a function of their operands: the interpreter's name, then PTX's.
 FORMS = """
-MOV_B32 mov.{b16,u16,s16,b32,u32,s32,f32}      MOV_B64 mov.{b64,u64,s64} cvta.to.global.u64     MOV_PRED mov.pred
+MOV_B32 mov.{b16,u16,s16,b32,u32,s32,f32}      MOV_B64 mov.{b64,u64,s64} cvta.{to.global,param}.u64     MOV_PRED mov.pred
 CVT_S32_S8 cvt.s32.s8       CVT_S16_S8 cvt.s8.s32 cvt.s16.s8        CVT_U32_U8 cvt.{u32.u8,u16.u8,u8.u32}
 CVT_S32_S16 cvt.s32.s16     CVT_U32_U16 cvt.{u32.u16,u16.u32}       CVT_U64_U32 cvt.u64.u32
 CVT_S64_S32 cvt.s64.s32     CVT_U32_U64 cvt.u32.u64
@@ -80,10 +80,17 @@ REDUX_OR redux.sync.or.b32              BALLOT vote.sync.ballot.b32
 MMA_F16 mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
 MMA_BF16 mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
 MMA_TF32 mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
-LABEL -     TRAP trap       BAR_WARP bar.warp.sync      BAR_ALIGNED bar.sync        BAR barrier.sync
+LABEL -     TRAP trap       BAR_WARP bar.warp.sync      BAR_ALIGNED bar.sync        BAR barrier.sync        ELECT elect.sync
 CP_COMMIT cp.async.commit_group         WGMMA_FENCE wgmma.fence.sync.aligned
 WGMMA_COMMIT wgmma.commit_group.sync.aligned            PROXY_FENCE fence.proxy.async{,.shared::cta}
+NOTHING fence.mbarrier_init.release.cluster             REGISTERS_INC setmaxnreg.inc.sync.aligned.u32
+REGISTERS_DEC setmaxnreg.dec.sync.aligned.u32           MBARRIER_INIT mbarrier.init{,.shared,.shared::cta}.b64
+MBARRIER_INVAL mbarrier.inval{,.shared,.shared::cta}.b64
+MBARRIER_ARRIVE mbarrier.arrive{,.shared,.shared::cta}.b64
+MBARRIER_EXPECT mbarrier.arrive.expect_tx{,.shared,.shared::cta}.b64
+MBARRIER_WAIT mbarrier.try_wait.parity{,.shared,.shared::cta}.b64
 """
+TMA_LOAD = r"cp\.async\.bulk\.tensor\.[1-5]d\.shared::c(ta|luster)\.global(\.tile)?\.mbarrier::complete_tx::bytes"
 
 
 def _expand(form: str) -> list[str]:
@@ -121,6 +128,7 @@ class Program:
         rows: list[tuple] = []
         labels: dict[str, int] = {}
         branches: list[tuple[int, str]] = []
+        tables: list[tuple[int, str]] = []
         for statement in kernel.statements:
             try:
                 if statement.opcode.endswith(":"):
@@ -130,9 +138,14 @@ class Program:
                 if statement.opcode in ("bra", "bra.uni"):
                     branches.append((len(rows), statement.operands[0]))
                     self._emit(rows, statement, "BRA")
+                elif statement.opcode == "brx.idx":
+                    index, *targets = statement.operands
+                    self._emit(rows, statement, "BRANCH_INDEXED", [self._slot(index, 4)], immediate=len(targets))
+                    tables += [(len(self.pool) + i, label) for i, label in enumerate(targets)]
+                    self.pool += [0] * len(targets)  # behind the operand, where the labels lie
                 else:
                     self._lower(rows, statement)
-                if statement.opcode in ("bra", *BARRIERS, "ret", "exit"):
+                if statement.opcode in ("bra", "brx.idx", *BARRIERS, "ret", "exit"):
                     self._emit(rows, Statement(statement.line, ":", ()), "LABEL")
             except (PTXError, KeyError, IndexError, ValueError) as error:
                 reason = str(error) if isinstance(error, PTXError) else "not a form that the emulator knows"
@@ -141,6 +154,8 @@ class Program:
         self.code = np.array(rows, dtype=INSTRUCTION)
         for at, label in branches:
             self.code["immediate"][at] = labels[label]
+        for at, label in tables:
+            self.pool[at] = labels[label]
         self.operands = np.array(self.pool, dtype=np.int32)
         filled = [word for (value, size), slot in self.constants.items() for word in (slot * 2 + (size == 8), value)]
         self.constant_words = np.array(filled, dtype=np.uint64)
@@ -246,9 +261,22 @@ class Program:
         elif opcode in ("ret", "exit"):
             self._emit(rows, statement, "RET")
         elif opcode in BARRIERS:
-            if operands != ("0",):
-                raise PTXError("only barrier 0, for all threads")
-            self._emit(rows, statement, TABLE[opcode])
+            number, threads = (int(o, 0) for o in (*operands, "0")[:2])
+            if number > 15 or threads % 32:
+                raise PTXError("barriers are 0 to 15, for whole warps")
+            self._emit(rows, statement, TABLE[opcode], immediate=threads << 8 | number)
+        elif opcode.startswith("mbarrier."):
+            self._lower_mbarrier(rows, statement)
+        elif opcode.startswith("setmaxnreg."):
+            self._emit(rows, statement, TABLE[opcode], immediate=int(operands[0], 0))
+        elif re.fullmatch(TMA_LOAD, opcode):
+            to, to_offset, _ = self._address(operands[0])
+            barrier, barrier_offset, _ = self._address(operands[2])
+            tensor_map, corner = re.fullmatch(r"\[(\S+), \{(.*)\}\]", operands[1]).groups()
+            corner = [self._slot(c.strip(), 4) for c in corner.split(",")]
+            if to_offset or barrier_offset:
+                raise PTXError("an address with an offset")
+            self._emit(rows, statement, "TMA_LOAD", [to, self._slot(tensor_map, 8), barrier, *corner])
         else:
             self._lower_function(rows, statement)
 
@@ -313,6 +341,15 @@ class Program:
             self._emit(rows, statement, f"ST_{space.upper()}", [base, *slots], 0, offset, size, count, flags)
         else:
             self._emit(rows, statement, f"LD_{space.upper()}", [*slots, base], count, offset, size, count, flags)
+
+    def _lower_mbarrier(self, rows, statement: Statement) -> None:
+        op, operands = TABLE[statement.opcode], list(statement.operands)
+        targets = [self._slot(operands.pop(0), 0)] if op == "MBARRIER_WAIT" else []
+        if op in ("MBARRIER_ARRIVE", "MBARRIER_EXPECT") and operands.pop(0) != "_":
+            raise PTXError("the state of an mbarrier")
+        base, offset, wide = self._address(operands[0])
+        slots = [*targets, base, *(self._slot(o, 4) for o in operands[1:])]
+        self._emit(rows, statement, op, slots, len(targets), offset, flags=WIDE_ADDRESS * wide)
 
     def _lower_matrix(self, rows, statement: Statement, words: list[str]) -> None:
         count = int(words[4][1])

@@ -33,7 +33,7 @@ class Statement(NamedTuple):
 class Kernel(NamedTuple):
     """params: name to (offset, bytes, type); registers: name without its number to bytes, predicates 0.
 
-    shared: the names of the one array of shared memory.
+    shared: the names of the one array of shared memory. max_registers: a thread's, 0 where it is not said.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Kernel(NamedTuple):
     registers: dict[str, int]
     statements: tuple[Statement, ...]
     shared: tuple[str, ...]
+    max_registers: int = 0
 
 
 def parse(text: str) -> dict[str, Kernel]:
@@ -63,7 +64,7 @@ def parse(text: str) -> dict[str, Kernel]:
 
 
 def _kernel(name: str, lines: list[str], at: int, files: dict[str, str], shared: tuple[str, ...]) -> tuple[Kernel, int]:
-    params, offset, threads = {}, 0, 0
+    params, offset, threads, max_registers = {}, 0, 0, 0
     while lines[at] != "{":
         line = lines[at]
         param = PARAM.match(line)
@@ -75,7 +76,10 @@ def _kernel(name: str, lines: list[str], at: int, files: dict[str, str], shared:
             offset += size
         elif line.startswith((".reqntid", ".maxntid")):
             threads = int(re.search(r"\d+", line)[0])
+        elif line.startswith(".maxnreg"):
+            max_registers = int(line.split()[1])
         at += 1
+    tables: dict[str, list[str]] = {}  # of an indirect branch: its labels
     registers: dict[str, int] = {}
     statements: list[Statement] = []
     depth, scopes, location = 1, [], ""
@@ -103,14 +107,26 @@ def _kernel(name: str, lines: list[str], at: int, files: dict[str, str], shared:
                         scopes[-1][register] = f"{register}@{at}"
                         register = f"{register}@{at}"
                     registers[counted[1] if counted else register] = size
-            label = re.match(r"([\w$]+):", piece)
+            label = re.match(r"([\w$]+):\s*", piece)
+            if label and piece[label.end() :].startswith(".branchtargets"):
+                end = next(i for i in range(at, len(lines)) if ";" in lines[i])
+                tables[label[1]] = re.findall(r"[\w$]+", " ".join(lines[at : end + 1]).split(".branchtargets")[1])
+                at = end
+                continue
             if label:
-                statements.append(Statement(at + 1, label[0], ()))
+                if scopes:  # of an inline assembly: another label each time
+                    scopes[-1][label[1]] = f"{label[1]}@{at}"
+                name = f"{label[1]}@{at}" if scopes else label[1]
+                statements.append(Statement(at + 1, f"{name}:", ()))
                 piece = piece[label.end() :].strip()
             if not piece.endswith(";") or piece.startswith(".") or piece == ";":
                 continue
-            statements.append(_statement(piece[:-1], at + 1, location, scopes))
-    return Kernel(name, threads, params, offset, registers, tuple(statements), shared), at
+            statement = _statement(piece[:-1], at + 1, location, scopes)
+            if statement.opcode == "brx.idx":
+                index, table = statement.operands
+                statement = statement._replace(operands=(index, *tables[table]))
+            statements.append(statement)
+    return Kernel(name, threads, params, offset, registers, tuple(statements), shared, max_registers), at
 
 
 def _statement(text: str, line: int, location: str, scopes: list[dict[str, str]]) -> Statement:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -21,7 +22,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from eah_kernels import backends
 from eah_kernels.triton import launch as launching
 
-from . import ptx
+from . import ptx, tensor_maps
 from .emulator import Executable, element_ranges, folder
 from .lowering import Program
 
@@ -29,12 +30,28 @@ SHARED_BYTES = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "s
 FORMATS = {"u64": "Q", "b64": "Q", "u32": "i", "s32": "i", "b32": "i", "f32": "f", "u16": "h", "u8": "b", "s64": "q"}
 
 
-def flat(arguments, signature) -> list:
-    """The arguments that the compiled kernel takes: of tuples their members, and no constants."""
-    given = []
+class TensorMap(NamedTuple):
+    """A tensor that TMA reads: tensor_maps.encode's arguments."""
+
+    tensor: torch.Tensor
+    shape: list[int]
+    strides: list[int]
+    box: list[int]
+    swizzle: int
+
+
+def flat(arguments, signature, forms=()) -> list:
+    """The arguments that the compiled kernel takes: of tuples their members, and no constants.
+
+    forms: what the compiler says of each descriptor, of which the kernel takes the map, its shape and its strides.
+    """
+    given, forms = [], iter(forms)
     for argument, kind in zip(arguments, signature, strict=True):
         if isinstance(kind, tuple):
-            given += flat(argument, kind)
+            given += flat(argument, kind, forms)
+        elif kind.startswith("tensordesc"):
+            form, shape, strides = next(forms), argument.shape, argument.strides
+            given += [TensorMap(argument.base, shape, strides, form["block_size"], form["swizzle"]), *shape, *strides]
         elif kind != "constexpr":
             given.append(argument)
     return given
@@ -49,7 +66,8 @@ class Launched:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [a for a in self.arguments if isinstance(a, torch.Tensor)]
+        tensors = [a.tensor if isinstance(a, TensorMap) else a for a in self.arguments]
+        return [t for t in tensors if isinstance(t, torch.Tensor)]
 
     def execute(self, executable: Executable, **options) -> int:
         kernel = executable.program.kernel
@@ -57,7 +75,10 @@ class Launched:
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in self.arguments]
         values += [0] * (len(kernel.params) - len(values))  # scratch memory, which these kernels do not use
         for (offset, _, kind), value in zip(kernel.params.values(), values, strict=True):
-            struct.pack_into(f"<{FORMATS[kind]}", params, offset, value)
+            if isinstance(value, TensorMap):
+                params[offset : offset + 128] = tensor_maps.encode(*value)
+            else:
+                struct.pack_into(f"<{FORMATS[kind]}", params, offset, value)
         ranges = element_ranges(self.tensors)
         return executable.launch(self.grid, bytes(params), self.shared_bytes, ranges, **options)
 
@@ -87,7 +108,7 @@ class Driver:
 
     def launcher_cls(self, source, metadata):
         assert metadata.global_scratch_size == 0 and metadata.num_ctas == 1
-        signature = list(source.signature.values())
+        signature, forms = list(source.signature.values()), metadata.tensordesc_meta or ()
 
         def launch(grid_x, grid_y, grid_z, stream, text, packed, launch_metadata, enter_hook, exit_hook, *arguments):
             assert grid_y == grid_z == 1
@@ -95,7 +116,7 @@ class Driver:
                 (kernel,) = ptx.parse(text).values()
                 self.executables[text] = Executable(Program(kernel))
             executable = self.executables[text]
-            launched = Launched(metadata.name, executable.program, grid_x, flat(arguments, signature), metadata.shared)
+            launched = Launched(metadata.name, executable.program, grid_x, flat(arguments, signature, forms), metadata.shared)
             if self.observe:
                 self.observe(launched)
             launched.execute(executable, **self.options)

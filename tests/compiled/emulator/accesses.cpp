@@ -67,7 +67,7 @@ void Interpreter::change_lanes() {
     operand<u32>(0)[lane] = global_.atomic(address(1, lane), adds ? &addend : nullptr, in_->flags & ACQUIRE,
                                            in_->flags & RELEASE, actor(), warp_->view);
     warp_->acquired |= (in_->flags & ACQUIRE) != 0;
-    block_->tick += (in_->flags & RELEASE) != 0;
+    block_->order.tick += (in_->flags & RELEASE) != 0;
   }
 }
 

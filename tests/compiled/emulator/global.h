@@ -11,11 +11,11 @@
 #include <unordered_map>
 #include <vector>
 
-#include "fault.h"
+#include "order.h"
 
 namespace emulator {
 
-// When something happened: the block's tick rises at its barriers and its releases.
+// When something happened, by the block's tick (order.h).
 struct Stamp {
   u32 tick;
   u32 block : 23, warp : 6, some : 1, atomic : 1, several : 1;
@@ -50,21 +50,22 @@ inline void join(View& view, const View& more) {
 struct Actor {
   int block, warp;
   u32 tick;
-  i64 barrier;       // the tick at the block's last barrier
-  const View* view;  // of other blocks
+  i64 known;          // the tick up to which it has seen what every warp of the block did
+  const Clock* seen;  // of the block
+  const View* view;   // of other blocks
 
   Stamp stamp() const {
     return {tick, static_cast<u32>(block), static_cast<u32>(warp), 1, 0, 0};
   }
   bool after(const Stamp& s) const {
     if (static_cast<int>(s.block) == block) {
-      return static_cast<int>(s.warp) == warp || s.tick <= barrier;
+      return static_cast<int>(s.warp) == warp || s.tick <= seen->at[s.warp];
     }
     if (s.block >= view->size()) {
       return false;
     }
-    const Seen& seen = (*view)[s.block];
-    return s.tick <= seen.barrier || (static_cast<int>(s.warp) == seen.warp && s.tick <= seen.tick);
+    const Seen& of = (*view)[s.block];
+    return s.tick <= of.barrier || (static_cast<int>(s.warp) == of.warp && s.tick <= of.tick);
   }
 };
 
@@ -156,7 +157,7 @@ class Global {
       if (place.released.size() <= static_cast<size_t>(who.block)) {
         place.released.resize(who.block + 1);
       }
-      place.released[who.block].add({who.barrier, who.tick, who.warp});
+      place.released[who.block].add({who.known, who.tick, who.warp});
     }
     return before;
   }

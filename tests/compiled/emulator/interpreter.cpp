@@ -29,15 +29,16 @@ void Interpreter::next_group() {
   warp.pc = lowest;
 }
 
-void Interpreter::leave_barrier(Block& block) {
-  ++block.shared.epoch;
-  block.barrier = block.tick++;
+// The warps of a block that a barrier waited for go on.
+void Interpreter::leave_barrier(Block& block, const std::vector<int>& group) {
+  block.order.meet(group);
   View all;
   bool acquired = false;
-  for (const Warp& warp : block.warps) {
-    acquired |= warp.acquired;
+  for (int index : group) {
+    acquired |= block.warps[index].acquired;
   }
-  for (Warp& warp : block.warps) {
+  for (int index : group) {
+    Warp& warp = block.warps[index];
     if (acquired) {
       join(all, warp.view);
     }
@@ -45,17 +46,57 @@ void Interpreter::leave_barrier(Block& block) {
     warp.waiting.clear();
     warp.waiting_mask = 0;
   }
-  for (Warp& warp : block.warps) {
+  for (int index : group) {
     if (acquired) {
-      warp.view = all;
-      warp.acquired = false;
+      block.warps[index].view = all;
+      block.warps[index].acquired = false;
     }
   }
+}
+
+// Operand: the index; behind it lies, for each value that it may have, a label's place.
+void Interpreter::branch_indexed() {
+  Warp& warp = *warp_;
+  const u32* index = operand<u32>(0);
+  warp.mask &= ~active_;
+  for (u32 left = active_; left; left &= left - 1) {
+    const int lane = __builtin_ctz(left);
+    if (index[lane] >= in_->immediate) {
+      fault("brx.idx to label %u of %d", index[lane], static_cast<int>(in_->immediate));
+    }
+    warp.others.push_back({operands_[1 + index[lane]], 1u << lane});
+  }
+  next_group();
+}
+
+// Registers a thread may use; those that another warp gave back are waited for. False: not yet there.
+bool Interpreter::change_registers() {
+  need_all("setmaxnreg");
+  Warp& warp = *warp_;
+  const u32 number = static_cast<u32>(in_->immediate);
+  if (warp.allowed == 0) {
+    return true;  // the block does not say how many it starts with
+  }
+  if (number % 8 || number < 24 || number > 256) {
+    fault("setmaxnreg to %u", number);
+  }
+  if (in_->op == REGISTERS_DEC ? number > warp.allowed : number < warp.allowed) {
+    fault("setmaxnreg from %u to %u", warp.allowed, number);
+  }
+  if (in_->op == REGISTERS_INC && number - warp.allowed > block_->free_registers) {
+    warp.wanted = number - warp.allowed;
+    return false;
+  }
+  block_->free_registers += warp.allowed - number;
+  warp.allowed = number;
+  warp.wanted = 0;
+  return true;
 }
 
 Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
   block_ = &block;
   warp_ = &warp;
+  warp.awaits = false;
   if (warp.mask == 0) {
     next_group();
   }
@@ -114,12 +155,16 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
           next_group();
         }
         if (warp.mask == 0) {
-          return warp.live ? Stop::BARRIER : Stop::END;
+          return warp.live ? Stop::WAIT : Stop::END;
         }
         break;
       case TRAP: fault("trap");
       case BAR_ALIGNED: need_all("bar.sync"); [[fallthrough]];
       case BAR:
+        if (warp.waiting_mask && warp.barrier != in_->immediate) {
+          fault("lanes of a warp wait at two barriers");
+        }
+        warp.barrier = in_->immediate;
         warp.waiting.push_back({warp.pc, active_});
         warp.waiting_mask |= active_;
         warp.mask &= ~active_;
@@ -127,7 +172,7 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
           next_group();
         }
         if (warp.mask == 0) {
-          return Stop::BARRIER;
+          return Stop::WAIT;
         }
         break;
       case BAR_WARP:
@@ -163,7 +208,27 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
         note(SENSITIVE, warp.multiply_groups.size() > static_cast<size_t>(in_->immediate));
         finish_multiplies(static_cast<size_t>(in_->immediate));
         break;
-      case PROXY_FENCE: block.shared.proxy_fence(warp.index); break;
+      case PROXY_FENCE: block.order.fence(warp.index); break;
+      case MBARRIER_INIT: case MBARRIER_INVAL: case MBARRIER_ARRIVE: case MBARRIER_EXPECT: case MBARRIER_WAIT:
+        if (!mbarrier()) {
+          --warp.pc;
+          return Stop::WAIT;
+        }
+        break;
+      case TMA_LOAD: start_bulk(); break;
+      case ELECT:
+        need_all("elect.sync");
+        lanes<u32, u32>([this](u32) { return __builtin_ctz(active_); });
+        set_predicate(1, active_ & -active_);
+        break;
+      case BRANCH_INDEXED: branch_indexed(); break;
+      case REGISTERS_INC: case REGISTERS_DEC:
+        if (!change_registers()) {
+          --warp.pc;
+          return Stop::WAIT;
+        }
+        break;
+      case NOTHING: break;
       default: arithmetic();
     }
   }

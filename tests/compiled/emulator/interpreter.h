@@ -12,7 +12,7 @@
 
 namespace emulator {
 
-enum class Stop { QUANTUM, BARRIER, END };
+enum class Stop { QUANTUM, WAIT, END };
 
 class Interpreter {
  public:
@@ -24,7 +24,8 @@ class Interpreter {
   u64 executed = 0;
 
   Stop run(Block& block, Warp& warp, u64 quantum);
-  void leave_barrier(Block& block);
+  void leave_barrier(Block& block, const std::vector<int>& group);
+  void finish_bulk(Block& block, size_t which);
 
  private:
   const Program& program_;
@@ -108,7 +109,8 @@ class Interpreter {
   }
 
   Actor actor() const {
-    return {block_->index, warp_->index, block_->tick, block_->barrier, &warp_->view};
+    return {block_->index, warp_->index, block_->order.tick, block_->order.known(warp_->index),
+            &block_->order.seen(warp_->index), &warp_->view};
   }
   u64 address(int i, int lane) {
     const u64 base = in_->flags & WIDE_ADDRESS ? operand<u64>(i)[lane] : operand<u32>(i)[lane];
@@ -132,6 +134,10 @@ class Interpreter {
   void ballot();
   void copy_async();
   void finish_copies();
+  void start_bulk();
+  bool mbarrier();
+  void branch_indexed();
+  bool change_registers();
   void matrices_to_registers(bool transposed);
   void registers_to_matrices(bool transposed);
   void multiply_now();

@@ -2,7 +2,7 @@
 //
 // Seed 0: blocks one after the other, warps in turn, each until a barrier. Seed 1: the same, both from the last one.
 // Others: blocks in a random order, some of them resident at once, and warps of theirs in random order for a random
-// number of instructions.
+// number of instructions. What TMA copies arrives when no warp can go on without it, with even seeds of those also earlier.
 
 #include <exception>
 #include <numeric>
@@ -16,7 +16,7 @@ struct Launch {  // as ../emulator.py lays it out
   i32 grid, threads;
   i32 resident;  // blocks that are there at once; 0: as the seed says
   u32 seed;
-  i32 unfenced, unused;  // whether wgmma may read what no proxy fence follows
+  i32 unfenced, registers;  // whether wgmma may read what no proxy fence follows; a thread's at first, 0: not said
   u64 shared_bytes, param_bytes, ranges;
   const u8* params;
   const Range* range;
@@ -33,6 +33,7 @@ void start(const Program& program, const Launch& launch, Block& block, int index
   warp.registers.resize(program.slots);
   std::memset(warp.registers.data(), 0xff, program.slots * sizeof(Line));
   const int threads = std::min(LANES, launch.threads - index * LANES);
+  warp.allowed = static_cast<u32>(launch.registers);
   warp.mask = warp.live = threads == LANES ? ALL : (1u << threads) - 1;
   if (program.wgmma) {
     warp.results.resize(program.slots);
@@ -100,21 +101,31 @@ class Scheduler {
     }
   }
 
-  // One warp that can run, for a while.
+  // One warp that can run, for a while; or a copy by TMA arrives.
   void step() {
-    std::vector<std::pair<size_t, int>> runnable;
+    const bool random = launch_.seed > 1;
+    std::vector<std::pair<size_t, int>> runnable, copies;
     for (size_t b = 0; b < blocks_.size(); ++b) {
-      for (Warp& warp : blocks_[b]->warps) {
-        if (!warp.done() && !warp.blocked()) {
+      Block& block = *blocks_[b];
+      for (Warp& warp : block.warps) {
+        if (block.can_run(warp)) {
           runnable.push_back({b, warp.index});
         }
       }
+      for (size_t i = 0; i < block.bulk_copies.size(); ++i) {
+        copies.push_back({b, static_cast<int>(i)});
+      }
+    }
+    if (!copies.empty() && (runnable.empty() || (random && launch_.seed % 2 == 0 && random_() % 8 == 0))) {
+      const size_t which = random ? random_() % copies.size() : launch_.seed == 1 ? copies.size() - 1 : 0;
+      where = "";
+      interpreter_.finish_bulk(*blocks_[copies[which].first], static_cast<size_t>(copies[which].second));
+      return;
     }
     if (runnable.empty()) {
       where = "";
       fault("the threads wait for one another");
     }
-    const bool random = launch_.seed > 1;
     size_t which = launch_.seed == 1 ? runnable.size() - 1 : 0;
     if (random) {
       which = random_() % runnable.size();
@@ -133,21 +144,41 @@ class Scheduler {
       meet(block);
     }
     if (stop == Stop::END && block.done()) {
+      if (!block.bulk_copies.empty()) {
+        fault("a block ends while its TMA copies are under way");
+      }
       blocks_.erase(blocks_.begin() + static_cast<i64>(runnable[which].first));
     }
   }
 
-  // If all of the block's warps have come to the barrier or ended, they go on.
+  // If all the threads that a barrier is for have come to it, or, where it is for all, ended, they go on.
   void meet(Block& block) {
-    bool any = false;
-    for (const Warp& warp : block.warps) {
-      if (!warp.done() && !warp.blocked()) {
-        return;
+    for (const Warp& first : block.warps) {
+      if (!first.at_barrier()) {
+        continue;
       }
-      any |= warp.blocked();
-    }
-    if (any) {
-      interpreter_.leave_barrier(block);
+      std::vector<int> group;
+      i64 came = 0, missing = 0;
+      for (const Warp& warp : block.warps) {
+        const bool here = warp.at_barrier() && (warp.barrier & 255) == (first.barrier & 255);
+        if (here && warp.barrier != first.barrier) {
+          fault("barrier %lld is waited at for another number of threads", static_cast<long long>(first.barrier & 255));
+        }
+        if (here) {
+          group.push_back(warp.index);
+          came += LANES;
+        } else {
+          missing += !warp.done();
+        }
+      }
+      const i64 wanted = first.barrier >> 8;
+      if (wanted && came > wanted) {
+        fault("barrier %lld is for %lld threads, and more come", static_cast<long long>(first.barrier & 255),
+              static_cast<long long>(wanted));
+      }
+      if (wanted ? came == wanted : missing == 0) {
+        interpreter_.leave_barrier(block, group);
+      }
     }
   }
 

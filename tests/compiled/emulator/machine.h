@@ -1,8 +1,7 @@
 // A lowered program and the state of what runs it. ../lowering.py writes programs: names and layouts here are read there.
 #pragma once
 
-#include "global.h"
-#include "shared.h"
+#include "bulk.h"
 
 namespace emulator {
 
@@ -33,6 +32,8 @@ enum Op : u16 {
   LD_PARAM, LD_GLOBAL, ST_GLOBAL, LD_SHARED, ST_SHARED, ATOM_ADD, LD_ACQUIRE,
   CP_ASYNC, CP_COMMIT, CP_WAIT, LDMATRIX, LDMATRIX_TRANS, STMATRIX, STMATRIX_TRANS, MMA_F16, MMA_BF16, MMA_TF32,
   WGMMA_F16, WGMMA_BF16, WGMMA_TF32, WGMMA_FENCE, WGMMA_COMMIT, WGMMA_WAIT, PROXY_FENCE,
+  MBARRIER_INIT, MBARRIER_INVAL, MBARRIER_ARRIVE, MBARRIER_EXPECT, MBARRIER_WAIT, TMA_LOAD, ELECT, BRANCH_INDEXED,
+  REGISTERS_INC, REGISTERS_DEC, NOTHING,
 };
 
 // Of an access to memory, in Instruction::flags: how the loaded value is extended, the width of registers, the order.
@@ -89,8 +90,13 @@ struct Warp {
   i32 pc = 0;
   u32 mask, live;               // the lanes that run now; those that have not ended
   std::vector<Group> others;    // lanes that wait to run, in another place
-  std::vector<Group> waiting;   // lanes at the barrier
+  std::vector<Group> waiting;   // lanes at a barrier
   u32 waiting_mask = 0;
+  i64 barrier = 0;              // which one: its number, and from bit 8 on how many threads it is for, 0 for all
+  bool awaits = false;          // an mbarrier's phase
+  u64 awaited = 0;
+  u32 parity = 0;
+  u32 allowed = 0, wanted = 0;  // registers a thread, where the block gives them out; more that it waits for
   std::vector<Copy> copies;     // since the last commit
   std::vector<std::vector<Copy>> copy_groups;
   std::vector<Multiply> multiplies;
@@ -99,12 +105,12 @@ struct Warp {
   std::vector<u32> written;           // by slot: wgmma fences before it was last written, by anything but a wgmma
   u32 wgmma_fences = 0;
   View view;                          // of other blocks
-  bool acquired = false;              // since the block's last barrier
+  bool acquired = false;              // since its last barrier
 
   bool done() const {
     return live == 0;
   }
-  bool blocked() const {
+  bool at_barrier() const {
     return live != 0 && waiting_mask == live;
   }
   template <typename T>
@@ -115,14 +121,20 @@ struct Warp {
 
 struct Block {
   int index;
+  Order order;
   Shared shared;
+  Barriers barriers;
+  std::vector<BulkCopy> bulk_copies;  // under way
   std::vector<Warp> warps;
-  u32 tick = 1;
-  i64 barrier = 0;  // the tick at the last one
+  u32 free_registers = 0;  // by a warp's: that no warp holds
 
   Block(int index, size_t shared_bytes, int warps, bool unfenced)
-      : index(index), shared(shared_bytes, warps, unfenced), warps(warps) {}
+      : index(index), order(warps), shared(shared_bytes, order, unfenced), barriers(order, shared), warps(warps) {}
 
+  bool can_run(const Warp& warp) const {
+    return !warp.done() && !warp.at_barrier() && warp.wanted <= free_registers &&
+           !(warp.awaits && !barriers.ready(warp.awaited, warp.parity));
+  }
   bool done() const {
     for (const Warp& warp : warps) {
       if (!warp.done()) {
