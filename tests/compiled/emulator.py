@@ -93,8 +93,8 @@ class Executable:
             table[3 * i : 3 * i + 3] = [begin, len(belongs), belongs.ctypes.data]
         program = self.program
         launch = _Launch(
-            grid, program.kernel.threads, resident, seed, unfenced, program.kernel.max_registers, shared_bytes, len(params), len(ranges), params,
-            ctypes.addressof(table), limit, program.special.ctypes.data, barrier,
+            grid, program.kernel.threads, resident, seed, unfenced, program.kernel.max_registers, shared_bytes,
+            len(params), len(ranges), params, ctypes.addressof(table), limit, program.special.ctypes.data, barrier,
         )  # fmt: skip
         error, at = ctypes.create_string_buffer(512), ctypes.c_int32(-1)
         told = error, ctypes.c_uint64(len(error)), ctypes.byref(at)

@@ -1,4 +1,4 @@
-"""What stands for a CUtensorMap: how TMA reads a tensor, in a form of our own (emulator/bulk.h), as the driver's is secret.
+"""What stands for a CUtensorMap, how TMA reads a tensor: in a form of our own (emulator/bulk.h), not the driver's.
 
 Refuses what cuTensorMapEncodeTiled refuses: its limits are documented.
 """

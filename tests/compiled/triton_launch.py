@@ -116,7 +116,9 @@ class Driver:
                 (kernel,) = ptx.parse(text).values()
                 self.executables[text] = Executable(Program(kernel))
             executable = self.executables[text]
-            launched = Launched(metadata.name, executable.program, grid_x, flat(arguments, signature, forms), metadata.shared)
+            launched = Launched(
+                metadata.name, executable.program, grid_x, flat(arguments, signature, forms), metadata.shared
+            )
             if self.observe:
                 self.observe(launched)
             launched.execute(executable, **self.options)
