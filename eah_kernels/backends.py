@@ -37,7 +37,8 @@ def choose_backend(backend: str, call: Call) -> str:
 
     For float16, bfloat16 and float32 "auto" takes "triton" on a CUDA or ROCm device where Triton is installed and
     "native" on the CPU where the extension is built; in every other case "torch". "reference" is never chosen for you,
-    nor is "native" on a CUDA device: no measurement shows it ahead yet.
+    nor is "native" on a CUDA device: no measurement shows it ahead yet. The same holds of the Gluon kernels, which
+    "triton" by name takes on a device of compute capability 9.0: then "gluon" is returned.
 
     Raises:
         ValueError: an unknown name, or a named backend that cannot run the call; the message says why.
@@ -50,7 +51,7 @@ def choose_backend(backend: str, call: Call) -> str:
     missing = ROWS[backend].why_not(call)
     if missing:
         raise ValueError(f'backend="{backend}" cannot be used: {missing}')
-    return backend
+    return "gluon" if backend == "triton" and has_gluon(call.query.device) else backend
 
 
 def why_not_native(call: Call) -> str | None:
@@ -85,6 +86,13 @@ def why_not_triton(call: Call) -> str | None:
     return None
 
 
+def has_gluon(device: torch.device) -> bool:
+    """Whether the Gluon kernels run on a device."""
+    if device.type != "cuda" or torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0) and find_spec("triton.experimental.gluon") is not None
+
+
 def _why_unfenced(device: torch.device) -> str | None:
     """tcgen05 reads shared memory beside the threads' own path to it, and triton before 3.7.1 puts no fence between."""
     if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 10 or _triton() >= (3, 7, 1):
@@ -104,5 +112,6 @@ ROWS = {
     "torch": Backend("eah_kernels.torch_blocked", lambda call: None),
     "triton": Backend("eah_kernels.triton", lambda call: why_not_triton(call)),
     "native": Backend("eah_kernels.native", why_not_native),
+    "gluon": Backend("eah_kernels.triton.hopper", lambda call: why_not_triton(call)),  # "triton", by name
 }
-BACKENDS = ("auto", *ROWS)
+BACKENDS = ("auto", "reference", "torch", "triton", "native")

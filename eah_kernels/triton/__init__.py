@@ -1,4 +1,7 @@
-"""backend="triton": the fused kernels. No host synchronisation; memory linear in length, but for a 4-D mask's bits."""
+"""backend="triton": the fused kernels. No host synchronisation; memory linear in length, but for a 4-D mask's bits.
+
+fast: with the Gluon kernels of hopper/ where they suit.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import LOG2E, Problem
 
 
-def eah_attention(query, key, value, image_mask, threshold, min_density, scoring: Scoring):
-    problem = Problem(query, key, scoring)
+def eah_attention(query, key, value, image_mask, threshold, min_density, scoring: Scoring, fast: bool = False):
+    problem = Problem(query, key, scoring, fast=fast)
     batch, heads, q_len, _ = query.shape
     sink_counts = query.new_empty(batch, heads, dtype=torch.int32)
     minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
@@ -33,8 +36,8 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     return output, head, sink_counts
 
 
-def sink_statistics(query, key, image_mask, threshold, return_column_mean, scoring: Scoring):
-    problem = Problem(query, key, scoring)
+def sink_statistics(query, key, image_mask, threshold, return_column_mean, scoring: Scoring, fast: bool = False):
+    problem = Problem(query, key, scoring, fast=fast)
     batch, heads, q_len, _ = query.shape
     sink_counts = query.new_zeros(batch, heads, dtype=torch.int32)
     minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
@@ -50,8 +53,8 @@ def sink_statistics(query, key, image_mask, threshold, return_column_mean, scori
     return sink_counts, torch.where(natural == torch.inf, -torch.inf, natural), column_mean
 
 
-def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
-    problem = Problem(query, key, scoring)
+def shared_map_attention(query, key, value, head, scoring: Scoring, fast: bool = False) -> Tensor:
+    problem = Problem(query, key, scoring, fast=fast)
     head = head.contiguous()
     batch, heads, q_len, _ = query.shape
     output = empty_output(query, value)

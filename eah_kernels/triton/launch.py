@@ -23,7 +23,7 @@ from eah_kernels.triton.bundles import (
     Values,
     View,
 )
-from eah_kernels.triton.tiles import Tile, find_tile
+from eah_kernels.triton.tiles import FAST, FastTile, Tile, find_tile
 
 LOG2E = math.log2(math.e)
 LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     programs: int
-    tile: Tile
+    tile: Tile | FastTile
     arguments: dict[str, Any]
 
     def run(self) -> None:
@@ -42,9 +42,12 @@ class Launch(NamedTuple):
 
 
 class Problem:
-    """Query, key and scoring of one layer in the form that every kernel takes."""
+    """Query, key and scoring of one layer in the form that every kernel takes.
 
-    def __init__(self, query: Tensor, key: Tensor, scoring: Scoring, target: str | None = None):
+    fast: whether the Gluon kernels may run, where they suit.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, scoring: Scoring, target: str | None = None, fast: bool = False):
         self.query, self.key = narrow(query), narrow(key)
         self.target = target or device_target(query.device)
         self.mask, self.mask_form, hidden = kernel_mask(scoring.attention_mask)
@@ -73,6 +76,7 @@ class Problem:
             BY_KEY=self.mask_form in (NO_MASK.value, KEY_MASK.value),
             BOTH_SIDES=self.masked,
         )
+        self.fast = fast and self._suits_gluon(scoring)
         mask = None if self.mask is None else view(self.mask.expand(*query.shape[:3], kv_len))
         self.arguments = dict(q=view(self.query), k=view(self.key), mask=mask, batch=query.shape[0]) | dict(
             q_len=query.shape[2], kv_len=kv_len, window=scoring.sliding_window or 0, scale=scale, R=self.rules
@@ -100,6 +104,16 @@ class Problem:
 
     def tile(self, kernel: str, value_dim: int = 0) -> Tile:
         return find_tile(kernel, self.target, max(self.query.shape[-1], value_dim), self.query.dtype, self.masked)
+
+    def fast_tile(self, kernel: str) -> FastTile | None:
+        """The row of a Gluon kernel, where it may run; None for the Triton kernel."""
+        return FAST[kernel].get(self.target, {}).get(self.query.shape[-1]) if self.fast else None
+
+    def _suits_gluon(self, scoring: Scoring) -> bool:
+        """Plain causal scores of 16 bits, every row with its own key, the maximum before the scale."""
+        plain = scoring.causal and not self.masked and scoring.softcap is None and scoring.scale > 0
+        in_reach = self.query.dtype != torch.float32 and self.key.shape[2] >= self.query.shape[2]
+        return plain and in_reach and suits_tma(self.query) and suits_tma(self.key)
 
 
 def kernel_mask(mask: Tensor | None) -> tuple[Tensor | None, int, float]:
@@ -129,6 +143,14 @@ def value_groups(kv_heads: int, value_dim: int, tile: Tile) -> tuple[int, Values
 def narrow(tensor: Tensor) -> Tensor:
     """The tensor, copied if an offset within a tile would not fit 32 bits."""
     return tensor.contiguous() if any(stride * 512 >= 2**31 for stride in tensor.stride()[2:]) else tensor
+
+
+def suits_tma(tensor: Tensor) -> bool:
+    """Whether a tensor map describes it: features side by side, all else, and the address, at multiples of 16 bytes."""
+    apart = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    steps = [stride * tensor.element_size() for size, stride in apart if size > 1]
+    aligned = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    return aligned and all(0 < step < 2**40 and step % 16 == 0 for step in steps)
 
 
 @lru_cache

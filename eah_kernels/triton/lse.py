@@ -77,6 +77,11 @@ def lse(problem: Problem, out, *, image_mask=None, tally: Tally | None = None, h
     With image_mask, batch rows without image token are left out, and the tally is begun: no sinks, no program done, and
     the number of each row's image tokens.
     """
+    fast = problem.fast_tile("lse")
+    if fast:
+        from eah_kernels.triton.hopper import lse as hopper  # Gluon is not everywhere
+
+        return hopper.lse(problem, fast, out, image_mask=image_mask, tally=tally, head=head)
     tile = problem.tile("lse")
     batch, heads = out.shape[:2]
     return Launch(

@@ -33,6 +33,18 @@ class Tile:
         return blocks | limit | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+@dataclass(frozen=True)
+class FastTile:
+    """A row of the Gluon kernels (hopper/): block_m query rows x block_n keys, `stages` tiles in shared memory."""
+
+    block_m: int
+    block_n: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": 4}  # of each group that computes
+
+
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
 SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
@@ -192,6 +204,8 @@ TILES = {
         },
     },
 }
+# By kernel, target and head dim. Built, executed as PTX, and not measured: only backend="triton", by name, takes them.
+FAST = {"lse": {"sm_90": {64: FastTile(192, 128, 4), 128: FastTile(192, 128, 4)}}}
 INTERPRETER = Tile(64, 64, num_warps=4, num_stages=1, value_width=256)
 
 

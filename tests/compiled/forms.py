@@ -27,6 +27,7 @@ SUB_B16 sub.{s16,u16}       SUB_B32 sub.{s32,u32}       SUB_B64 sub.{s64,u64}   
 MUL_B16 mul.lo.{s16,u16}    MUL_B32 mul.lo.{s32,u32}    MUL_B64 mul.lo.{s64,u64}    MUL_F32 mul{,.rn}{,.ftz}.f32
 MUL_WIDE_S32 mul.wide.s32   MUL_WIDE_U32 mul.wide.u32   MUL_HI_S32 mul.hi.s32       MUL_HI_U32 mul.hi.u32
 MAD_B32 mad.lo.{s32,u32}    MAD_B64 mad.lo.{s64,u64}    MAD_WIDE_S32 mad.wide.s32   MAD_WIDE_U32 mad.wide.u32
+MUL_WIDE_U16 mul.wide.u16   MAD_WIDE_U16 mad.wide.u16
 FMA_F32 fma.rn{,.ftz}.f32   DIV_F32 div.{rn,full,approx}{,.ftz}.f32
 DIV_S32 div.s32     DIV_U32 div.u32     DIV_S64 div.s64     DIV_U64 div.u64
 REM_S32 rem.s32     REM_U32 rem.u32     REM_S64 rem.s64     REM_U64 rem.u64

@@ -313,6 +313,8 @@ def _sizes(name: str, opcode: str, number: int, targets: int) -> list[int]:
         return [0] * targets + [size] * 2
     if name.startswith("SELP"):
         return [size, size, size, 0]
+    if name.endswith("WIDE_U16"):
+        return [4, 2, 2, 4][:number]
     if name.startswith(("MUL_WIDE", "MAD_WIDE")):
         return [8, 4, 4, 8][:number]
     if name.startswith("CVT"):

@@ -116,8 +116,8 @@ def _kernel(name: str, lines: list[str], at: int, files: dict[str, str], shared:
             if label:
                 if scopes:  # of an inline assembly: another label each time
                     scopes[-1][label[1]] = f"{label[1]}@{at}"
-                name = f"{label[1]}@{at}" if scopes else label[1]
-                statements.append(Statement(at + 1, f"{name}:", ()))
+                place = f"{label[1]}@{at}" if scopes else label[1]
+                statements.append(Statement(at + 1, f"{place}:", ()))
                 piece = piece[label.end() :].strip()
             if not piece.endswith(";") or piece.startswith(".") or piece == ";":
                 continue

@@ -131,10 +131,10 @@ DRIVERS: dict[str, Driver] = {}  # Triton keeps what it compiled for a device, a
 
 
 @contextmanager
-def compiled(target: str, *, seed: int = 0, observe: Callable[[Launched], None] | None = None):
+def compiled(target: str, *, seed: int = 0, observe: Callable[[Launched], None] | None = None, gluon: bool = False):
     """backend="triton" on CPU tensors executes the PTX compiled for `target`: "sm_80", "sm_89", "sm_90".
 
-    seed: the order of blocks and warps. observe: called with every launch, before it.
+    seed: the order of blocks and warps. observe: called with every launch, before it. gluon: with the Gluon kernels.
     """
     if os.environ.get("TRITON_INTERPRET") != "0":
         raise RuntimeError("Triton's interpreter would run the kernels; start the process with TRITON_INTERPRET=0")
@@ -145,6 +145,7 @@ def compiled(target: str, *, seed: int = 0, observe: Callable[[Launched], None] 
         mock.patch.object(CUDABackend, "make_cubin", lambda self, source, *rest: source.encode()),
         mock.patch.object(launching, "device_target", lambda device: target),
         mock.patch.object(backends, "why_not_triton", lambda call: None),
+        mock.patch.object(backends, "has_gluon", lambda device: gluon),
     ):
         triton.runtime.driver.set_active(driver)
         yield driver

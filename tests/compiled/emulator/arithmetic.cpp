@@ -179,6 +179,10 @@ void Interpreter::arithmetic() {
     CASE(MUL_B32, lanes<u32, u32, u32>(std::multiplies<>()));
     CASE(MUL_B64, lanes<u64, u64, u64>(std::multiplies<>()));
     CASE(MUL_F32, lanes<float, float, float>(std::multiplies<>()));
+    CASE(MUL_WIDE_U16, lanes<u32, u32, u32>([](u32 a, u32 b) { return (a & HALF_MASK) * (b & HALF_MASK); }));
+    CASE(MAD_WIDE_U16, lanes<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) {
+           return (a & HALF_MASK) * (b & HALF_MASK) + c;
+         }));
     CASE(MUL_WIDE_S32, lanes<i64, i32, i32>([](i64 a, i64 b) { return a * b; }));
     CASE(MUL_WIDE_U32, lanes<u64, u32, u32>([](u64 a, u64 b) { return a * b; }));
     CASE(MUL_HI_S32, lanes<i32, i32, i32>([](i64 a, i64 b) { return a * b >> 32; }));

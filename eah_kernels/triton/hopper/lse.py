@@ -1,0 +1,163 @@
+"""As ../lse.py, for sm_90: three groups of warps with 64 rows each share the tiles of keys that a fourth brings.
+
+The product with the next tile is under way while a tile's exps are taken. The loop goes two tiles a step, so that no
+score is copied from register to register.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from eah_kernels.triton.bundles import Tally
+from eah_kernels.triton.hopper.ring import (
+    LENGTHS,
+    ROWS,
+    bring,
+    bring_parts,
+    descriptor,
+    finish_product,
+    leave_out,
+    make_ring,
+    matrix,
+    scores_layout,
+    start_product,
+)
+from eah_kernels.triton.launch import Launch, Problem, view
+from eah_kernels.triton.loads import at, head_of
+from eah_kernels.triton.tiles import FastTile
+
+GROUPS: gl.constexpr = gl.constexpr(3)
+LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)
+
+
+@gluon.jit
+def produce(q, k, rows, rows_ready, ring, b, h, kv_h, start_m, blocks):
+    BLOCK_N: gl.constexpr = k.block_type.shape[2]
+    bring_parts(rows, rows_ready, q, b, h, start_m)
+    for n in range(blocks):
+        bring(ring, n, k, b, kv_h, n * BLOCK_N)
+
+
+@gluon.jit
+def add_scores(score, row_max, row_sum, factor):
+    """The running maximum, in log2 units, and the sum of exps, after the products of a tile. factor > 0."""
+    new_max = gl.maximum(row_max, gl.max(score, 1) * factor)
+    row_sum = row_sum * gl.exp2(row_max - new_max) + gl.sum(gl.exp2(score * factor - new_max[:, None]), 1)
+    return new_max, row_sum
+
+
+@gluon.jit
+def hide(score, start_n, position):
+    """-inf where the key comes after the row's position."""
+    local_n = gl.arange(0, score.shape[1], gl.SliceLayout(0, score.type.layout))
+    return gl.where(local_n[None, :] <= (position - start_n)[:, None], score, float("-inf"))
+
+
+@gluon.jit
+def consume(rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, factor, PART: gl.constexpr):
+    BLOCK_N: gl.constexpr = ring.tiles.shape[3]
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, scores_layout(BLOCK_N))
+    start_m += PART * ROWS
+    offset = kv_len - q_len
+    position = start_m + offset + gl.arange(0, ROWS, BY_ROW)
+    row_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
+    row_sum = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
+    last = 0
+    mbarrier.wait(rows_ready, 0)
+    if start_m < q_len:
+        own = matrix(rows.index(PART))
+        last = gl.cdiv(gl.minimum(start_m + ROWS, q_len) + offset, BLOCK_N)
+        whole = gl.minimum((start_m + offset + 1) // BLOCK_N, last - 1) // 2 * 2
+        score = finish_product(start_product(own, ring, 0), ring, 0)
+        for n in range(0, whole, 2):  # blocks that every row sees
+            following = start_product(own, ring, n + 1)
+            row_max, row_sum = add_scores(score, row_max, row_sum, factor)
+            following = finish_product(following, ring, n + 1)
+            score = start_product(own, ring, n + 2)
+            row_max, row_sum = add_scores(following, row_max, row_sum, factor)
+            score = finish_product(score, ring, n + 2)
+        row_max, row_sum = add_scores(hide(score, whole * BLOCK_N, position), row_max, row_sum, factor)
+        for n in range(whole + 1, last):
+            score = finish_product(start_product(own, ring, n), ring, n)
+            row_max, row_sum = add_scores(hide(score, n * BLOCK_N, position), row_max, row_sum, factor)
+    leave_out(ring, last, blocks)
+    row = start_m + gl.arange(0, ROWS, BY_ROW)
+    lse = gl.where((row < q_len) & (row_sum != 0), -row_max - gl.log2(row_sum), float("-inf"))
+    gl.store(out_ptr + row, lse, mask=row < columns)
+
+
+@gluon.jit
+def count_image_tokens(image, b, kv_len):
+    """Of one batch row of the image mask."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    count = gl.full([1024], 0, gl.int32, LAYOUT)
+    for start in range(0, kv_len, 1024):
+        key = start + gl.arange(0, 1024, LAYOUT)
+        count += gl.load(at(at(image.ptr, b, image.b), key, image.column), mask=key < kv_len, other=0).to(gl.int32)
+    return gl.sum(count, 0)
+
+
+@gluon.jit(do_not_specialize=[*LENGTHS, "columns"])
+def _lse_kernel(
+    q, k, image, head_ptr, tally, minus_lse, batch, heads, q_len, kv_len, columns, factor,
+    GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As the Triton kernel. columns: of minus_lse."""
+    BLOCK_M: gl.constexpr = GROUPS * ROWS
+    BLOCK_N: gl.constexpr = k.block_type.shape[2]
+    pid = gl.program_id(0)
+    b = pid % batch
+    h = pid // batch % heads
+    start_m = (gl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
+    out_ptr = head_of(minus_lse, b, h).ptr
+    if head_ptr is not None:
+        h = gl.load(head_ptr + b)
+        if h < 0:
+            return
+    if image is not None:
+        image_tokens = count_image_tokens(image, b, kv_len)
+        if start_m == 0:
+            gl.store(tally.counts + b * heads + h, 0)
+            if h == 0:
+                gl.store(tally.progress + 2 * b, 0)
+                gl.store(tally.progress + 2 * b + 1, image_tokens)
+        if image_tokens == 0:
+            return
+
+    rows = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
+    rows_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(rows_ready, count=1)
+    ring = make_ring(k, STAGES, GROUPS)
+    blocks = gl.cdiv(gl.minimum(start_m + BLOCK_M, q_len) + (kv_len - q_len), BLOCK_N)
+    gl.warp_specialize(
+        [
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, factor, 0)),
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, factor, 1)),
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, factor, 2)),
+            (produce, (q, k, rows, rows_ready, ring, b, h, h // GROUP, start_m, blocks)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],  # registers a thread; the first group gets the rest, 168
+    )
+
+
+def lse(problem: Problem, tile: FastTile, out, *, image_mask=None, tally: Tally | None = None, head=None) -> Launch:
+    """As ../lse.py."""
+    batch, heads, columns = out.shape
+    return Launch(
+        _lse_kernel,
+        batch * heads * triton.cdiv(columns, tile.block_m),
+        tile,
+        dict(q=descriptor(problem.query, ROWS.value), k=descriptor(problem.key, tile.block_n))
+        | dict(image=problem.image(image_mask), head_ptr=head, tally=tally, minus_lse=view(out, "b h column"))
+        | dict(
+            batch=batch,
+            heads=heads,
+            columns=columns,
+            q_len=problem.query.shape[2],
+            kv_len=problem.key.shape[2],
+            factor=problem.arguments["scale"].factor,
+        )
+        | dict(GROUP=problem.rules.GROUP, STAGES=tile.stages),
+    )

@@ -1,0 +1,125 @@
+"""The Gluon kernels as compiled for sm_90, executed on the CPU: right in several orders of their warps and copies.
+
+And faults planted into the compiled code, of the kinds that a ring of tiles invites: each is noticed. ALL=1: at every
+place where it fits.
+"""
+
+import os
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from eah_kernels import reference
+from eah_kernels.triton.tiles import FAST
+
+from ..support.cases import Case, assert_close, exact, make, run
+from .emulator import Executable
+from .lowering import Program
+from .problems import Replay, spaced
+from .triton_launch import compiled
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+KERNELS = [f"_{kernel}_kernel" for kernel in FAST]
+SMALL = Case(q_len=300, batch=1, heads=2, kv_heads=1, dim=128)
+LONG = Case(q_len=300, kv_len=640, batch=1, heads=1, kv_heads=1, dim=128, image="all")  # five tiles of keys
+PLACES = None if os.environ.get("ALL") else 3
+
+
+def short_rings(stages: int = 2):
+    """Not as many places as there is room for: a few tiles go round."""
+    rows = {k: {"sm_90": {d: replace(t, stages=stages) for d, t in v["sm_90"].items()}} for k, v in FAST.items()}
+    return mock.patch.dict(FAST, rows)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (SMALL, BRAIN),
+        (Case(q_len=200, kv_len=261, heads=4, kv_heads=2, dim=64, image="absent", layout="bhsd"), HALF),
+        (Case(q_len=65, heads=3, kv_heads=3, dim=128, image="last"), HALF),
+    ],
+    ids=str,
+)
+def test_right_in_every_order(case, dtype):
+    inputs = make(case, dtype)
+    output, head, counts, _, _, threshold = exact(inputs)
+    results, names = [], set()
+    for seed in (0, 1, 2, 3):
+        with short_rings(), compiled("sm_90", seed=seed, gluon=True, observe=lambda launched: names.add(launched)):
+            results.append(run(inputs, threshold, "triton"))
+    by_tma = {launched.name for launched in names if launched.program.kernel.threads == 512}
+    assert by_tma == set(KERNELS)
+    assert torch.equal(results[0].sink_counts, counts) and torch.equal(results[0].head, head)
+    plain = reference.shared_map_attention(inputs.query, inputs.key, inputs.value, head, inputs.scoring, dtype)
+    assert_close(results[0].output, output, plain)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """By kernel, a launch that can be had again; memory that belongs to nobody lies around its tensors.
+
+    With one place in a ring, every phase of it is felt.
+    """
+    replays = []
+    inputs = spaced(make(LONG, BRAIN))
+    with short_rings(1), compiled("sm_90", gluon=True, observe=lambda launched: replays.append(Replay(launched))):
+        run(inputs, exact(make(LONG))[-1], "triton")
+    found = {replay.launched.name: replay for replay in replays}
+    for name in KERNELS:
+        found[name].record()
+    return found
+
+
+def early_release(statements, at):
+    """The place is given back before the product that reads it is done."""
+    if statements[at].opcode.startswith("wgmma.wait_group"):
+        arrive = next((i for i in range(at, at + 20) if statements[i].opcode.startswith("mbarrier.arrive.shared")), 0)
+        if arrive:
+            return [*statements[:at], *statements[at + 1 : arrive + 1], statements[at], *statements[arrive + 1 :]]
+
+
+def wrong_phase(statements, at):
+    if statements[at].opcode.startswith("mbarrier.try_wait"):
+        target, place, parity = statements[at].operands
+        flip = statements[at]._replace(opcode="xor.b32", operands=("%r99999", parity, "1"))
+        return [*statements[:at], flip, *changed(statements, at, operands=(target, place, "%r99999"))[at:]]
+
+
+def missing_wait(statements, at):
+    if statements[at].opcode.startswith("mbarrier.try_wait"):
+        return changed(statements, at, opcode="setp.eq.s32", operands=(statements[at].operands[0], "0", "0"))
+
+
+def wrong_count(statements, at):
+    if statements[at].opcode.startswith("mbarrier.init") and statements[at].operands[1] != "1":
+        return changed(statements, at, operands=(statements[at].operands[0], "2"))
+
+
+def wrong_bytes(statements, at):
+    if statements[at].opcode.startswith("mbarrier.arrive.expect_tx"):
+        return changed(statements, at, operands=(*statements[at].operands[:2], "1024"))
+
+
+def accumulator_in_flight(statements, at):
+    if statements[at].opcode.startswith("wgmma.wait_group") and statements[at].operands == ("0",):
+        return changed(statements, at, operands=("1",))
+
+
+def changed(statements, at, **fields):
+    return [*statements[:at], statements[at]._replace(**fields), *statements[at + 1 :]]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "fault", [early_release, wrong_phase, missing_wait, wrong_count, wrong_bytes, accumulator_in_flight]
+)
+def test_a_planted_fault_is_noticed(fault, kernel, recorded):
+    replay = recorded[kernel]
+    source = replay.launched.program.kernel
+    planted = [found for at in range(len(source.statements)) if (found := fault(source.statements, at))]
+    for statements in planted[:: max(len(planted) // PLACES, 1) if PLACES else 1]:
+        assert replay.caught(Executable(Program(source._replace(statements=tuple(statements)))))
