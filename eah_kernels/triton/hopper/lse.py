@@ -7,7 +7,7 @@ score is copied from register to register.
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from eah_kernels.triton.bundles import Tally
 from eah_kernels.triton.hopper.ring import (
@@ -100,7 +100,7 @@ def count_image_tokens(image, b, kv_len):
 
 @gluon.jit(do_not_specialize=[*LENGTHS, "columns"])
 def _lse_kernel(
-    q, k, image, head_ptr, tally, minus_lse, batch, heads, q_len, kv_len, columns, factor,
+    q, k, image, head_ptr, tally, minus_lse, batch, heads, q_len, kv_len, columns, scale,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As the Triton kernel. columns: of minus_lse."""
@@ -130,11 +130,12 @@ def _lse_kernel(
     mbarrier.init(rows_ready, count=1)
     ring = make_ring(k, STAGES, GROUPS)
     blocks = gl.cdiv(gl.minimum(start_m + BLOCK_M, q_len) + (kv_len - q_len), BLOCK_N)
+    fence_async_shared()  # TMA writes where the count's sum and the mbarriers were written
     gl.warp_specialize(
         [
-            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, factor, 0)),
-            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, factor, 1)),
-            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, factor, 2)),
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale.factor, 0)),
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale.factor, 1)),
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale.factor, 2)),
             (produce, (q, k, rows, rows_ready, ring, b, h, h // GROUP, start_m, blocks)),
         ],
         [4, 4, 1],
@@ -149,15 +150,8 @@ def lse(problem: Problem, tile: FastTile, out, *, image_mask=None, tally: Tally 
         _lse_kernel,
         batch * heads * triton.cdiv(columns, tile.block_m),
         tile,
-        dict(q=descriptor(problem.query, ROWS.value), k=descriptor(problem.key, tile.block_n))
-        | dict(image=problem.image(image_mask), head_ptr=head, tally=tally, minus_lse=view(out, "b h column"))
-        | dict(
-            batch=batch,
-            heads=heads,
-            columns=columns,
-            q_len=problem.query.shape[2],
-            kv_len=problem.key.shape[2],
-            factor=problem.arguments["scale"].factor,
-        )
-        | dict(GROUP=problem.rules.GROUP, STAGES=tile.stages),
+        dict(q=descriptor(problem.query, ROWS.value), k=descriptor(problem.key, tile.block_n), head_ptr=head)
+        | dict(image=problem.image(image_mask), tally=tally, minus_lse=view(out, "b h column"), columns=columns)
+        | {name: problem.arguments[name] for name in ("batch", "q_len", "kv_len", "scale")}
+        | dict(heads=heads, GROUP=problem.rules.GROUP, STAGES=tile.stages),
     )
