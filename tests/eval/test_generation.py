@@ -111,3 +111,5 @@ def test_tokens_before_the_end():
 def test_settings_that_are_not_the_users():
     with pytest.raises(ValueError, match="--generation stop_strings: an answer ends"):
         check_changes({"stop_strings": "x"})
+    with pytest.raises(ValueError, match="DoLa is code on the hub, and nothing is downloaded"):
+        check_changes({"dola_layers": "high"})

@@ -69,7 +69,13 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
 
-EXAMPLES = {"swap.py": "new tokens: [", "one_layer.py": "largest difference", "look.py": "lends its map"}
+EXAMPLES = {
+    "swap.py": "new tokens: [",
+    "one_layer.py": "largest difference",
+    "look.py": "lends its map",
+    "contrast.py": "ICD: heads of the two prompts",
+    "text_contrast.py": "none: no image token",
+}
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in ROOT.glob("examples/*.py")))

@@ -24,6 +24,8 @@ OWN = {  # of transformers' generation settings, those that are not for --genera
     "num_return_sequences": "a question has one answer",
     "return_dict_in_generate": "the answers alone are wanted",
     "stop_strings": "an answer ends at its end token or at the largest number of tokens",
+    "dola_layers": "DoLa is code on the hub, and nothing is downloaded",
+    "penalty_alpha": "contrastive search is code on the hub, and nothing is downloaded",
 }
 
 
