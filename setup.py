@@ -13,12 +13,15 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-CPU_SOURCE = "csrc/cpu/attention.cpp"
-FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+CPU_SOURCES = ["csrc/cpu/prefill.cpp", "csrc/cpu/few_rows.cpp"]
+CPU_HEADERS = ["common", "cpu/attention", "cpu/few_rows", "cpu/masks", "cpu/products", "cpu/scores", "cpu/tiles"]
+FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12's own AVX-512 header
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 CAPABILITIES = {
     "DEFAULT": [],
@@ -78,9 +81,9 @@ def native_extension() -> dict:
                 os.remove(path)  # of an earlier build, which a failure of this one would leave
             x86 = platform.machine().lower() in ("x86_64", "amd64")
 
-            def compile_for(capability: str) -> list[str]:
+            def compile_for(source: str, capability: str) -> list[str]:
                 return self.compiler.compile(
-                    [CPU_SOURCE],
+                    [source],
                     output_dir=os.path.join(self.build_temp, capability),
                     macros=[("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)],
                     include_dirs=extension.include_dirs,
@@ -88,8 +91,9 @@ def native_extension() -> dict:
                 )
 
             if extension.name == "eah_kernels._C":
+                jobs = product(CPU_SOURCES, CAPABILITIES if x86 else ["DEFAULT"])
                 with ThreadPoolExecutor(2) as pool:
-                    for objects in pool.map(compile_for, CAPABILITIES if x86 else ["DEFAULT"]):
+                    for objects in pool.map(lambda job: compile_for(*job), jobs):
                         extension.extra_objects += objects
             super().build_extension(extension)
 
@@ -106,7 +110,7 @@ def cpu_extension() -> Extension:
         extra_compile_args=FLAGS,
         extra_link_args=["-fopenmp", "-Wl,--strip-debug"],
         py_limited_api=True,
-        depends=[CPU_SOURCE, "csrc/common.h", *(f"csrc/cpu/{name}.h" for name in ("attention", "masks", "tiles"))],
+        depends=[*CPU_SOURCES, *(f"csrc/{name}.h" for name in CPU_HEADERS)],
     )
 
 

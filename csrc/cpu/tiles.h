@@ -13,6 +13,7 @@
 #include <atomic>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
 #error "at::parallel_for is a header: without -fopenmp it would run on one thread"
@@ -39,6 +40,14 @@ int64_t tiles(int64_t n) {
   return (n + KEYS - 1) / KEYS;
 }
 
+float largest(const float* lanes) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& c) { return at::vec::maximum(a, c); }, Vec::loadu(lanes));
+}
+
+float total(const Vec& lanes) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& c) { return a + c; }, lanes);
+}
+
 // Aligned memory, not initialised.
 template <typename T>
 class Buffer {
@@ -50,6 +59,20 @@ class Buffer {
 
  private:
   c10::DataPtr memory_;
+};
+
+// Of work that is done in `parts` parts each, in any order.
+class Countdown {
+ public:
+  Countdown(int64_t works, int64_t parts) : done_(works), parts_(parts) {}
+  // Whether the part that was just done was the last of work `i`; then all its parts are visible to the caller.
+  bool last_of(int64_t i) {
+    return ++done_[i] == parts_;
+  }
+
+ private:
+  std::vector<std::atomic<int64_t>> done_;
+  const int64_t parts_;
 };
 
 // Calls run(item, scratch) for items 0..n-1, each once, on whichever thread is free.

@@ -5,6 +5,7 @@ import torch
 
 from eah_kernels import reference, shared_map_attention
 
+from ..support import cases
 from ..support.cases import NATIVE, Case, assert_close, make
 
 SHAPES = [
@@ -60,6 +61,23 @@ def test_float32(case, backend, kernel_device):
 @pytest.mark.parametrize("backend", ["triton"])
 def test_float16(case, backend, kernel_device):
     check(case, backend, torch.float16, kernel_device)
+
+
+@pytest.mark.parametrize("case", SHAPES + MASKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_with_statistics(case, backend, dtype, kernel_device):
+    cases.check(case, backend, dtype, kernel_device)
+
+
+@pytest.mark.parametrize("backend", ["torch", NATIVE])
+def test_values_near_the_largest_number(backend):
+    """Weights that are not normalised before the product would overflow."""
+    query, key = torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 700, 16)
+    value = torch.full((1, 2, 700, 16), 3e38)
+    for head in (0, -1):
+        out = shared_map_attention(query, key, value, torch.tensor([head], dtype=torch.int32), backend=backend)
+        torch.testing.assert_close(out, value[:, :, :1], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("mask", ["key", "bool", "bias", "window"])

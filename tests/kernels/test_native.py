@@ -28,9 +28,11 @@ def attend(inputs, backend="native", **changes):
 
 
 @needs_native
+@pytest.mark.parametrize("lengths", [(300, 300), (3, 1500)], ids=["prefill", "few_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_threads_changes_no_bit(dtype):
-    inputs = make(Case(q_len=300, heads=8, kv_heads=2, image="absent", mask="left"), dtype)
+def test_the_number_of_threads_changes_no_bit(dtype, lengths):
+    q_len, kv_len = lengths
+    inputs = make(Case(q_len=q_len, kv_len=kv_len, heads=8, kv_heads=2, image="absent", mask="left"), dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -45,13 +47,15 @@ def test_the_number_of_threads_changes_no_bit(dtype):
 
 CONFORMANCE = """
 import sys, torch
+from dataclasses import replace
 sys.path[:0] = [{package!r}, {root!r}]
 from tests.support.cases import Case, check
 assert torch.backends.cpu.get_cpu_capability() == {capability!r}
 torch.set_num_threads(2)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for case in (Case(q_len=113, heads=7, kv_heads=1, dim=80), Case(mask="bias", softcap=5.0, dim=40, value_dim=24)):
-        check(case, "native", dtype)
+        for few in (case, replace(case, q_len=5, kv_len=300)):
+            check(few, "native", dtype)
 """
 
 

@@ -5,7 +5,8 @@
 // oneDNN's micro-kernels through ATen: float32, or bfloat16 with float32 sums where the processor multiplies bfloat16.
 // A work item's result depends on nothing but its inputs, so the number of threads changes no bit.
 
-#include "masks.h"
+#include "few_rows.h"
+#include "scores.h"
 
 #include <ATen/Context.h>
 
@@ -37,46 +38,9 @@ struct RowBlock {
   }
 };
 
-// Scores of one tile in place: scaled, capped, biased, -inf where hidden. Raises the rows' running maxima.
-void finish_scores(float* score, float* maxima, const Problem& p, int64_t b, int64_t h, int64_t row0, int64_t rows,
-                   int64_t tile) {
-  const Scoring& scoring = p.scoring;
-  const Vec hidden(-INF), scale(scoring.softcap ? scoring.scale / scoring.softcap : scoring.scale);
-  const int64_t start = tile * KEYS;
-  float bias[KEYS] = {};
-  for (int64_t r = 0; r < rows; ++r, score += KEYS, maxima += Vec::size()) {
-    const Span span = span_of(p, row0 + r);
-    const int64_t from = std::clamp<int64_t>(span.first - start, 0, KEYS);
-    const int64_t to = std::clamp<int64_t>(span.last - start, from, KEYS);
-    if (scoring.mask.data && (r == 0 || scoring.mask.row != 0)) {
-      mask_bias(bias, p, b, h, row0 + r, tile);
-    }
-    Vec top = Vec::loadu(maxima);
-    for (int64_t j = 0; j < KEYS; j += Vec::size()) {
-      Vec x = Vec::loadu(score + j) * scale;
-      if (scoring.softcap) {
-        x = x.tanh() * Vec(scoring.softcap);
-      }
-      if (scoring.mask.data) {
-        const Vec add = Vec::loadu(bias + j);
-        x = Vec::blendv(x + add, hidden, add == hidden);
-      }
-      if (from > j || to < j + Vec::size()) {
-        x.store(score + j);
-        std::fill(score + j, score + std::clamp<int64_t>(from, j, j + Vec::size()), -INF);
-        std::fill(score + std::clamp<int64_t>(to, j, j + Vec::size()), score + j + Vec::size(), -INF);
-        x = Vec::loadu(score + j);
-      }
-      x.store(score + j);
-      top = at::vec::maximum(top, x);
-    }
-    top.store(maxima);
-  }
-}
-
 // exp(score - row maximum) of rows row0.. of head h against packed keys; 1 / row sum, 0 for a row that sees no key.
 template <typename T>
-void exponentials(RowBlock<T>& block, const Problem& p, int64_t b, int64_t h, int64_t row0, const T* keys,
+void make_weights(RowBlock<T>& block, const Problem& p, int64_t b, int64_t h, int64_t row0, const T* keys,
                   float* lse = nullptr) {
   const int64_t dim = padded_dim<T>(p.dim);
   block.rows = std::min(ROWS, p.q_len - row0);
@@ -94,26 +58,14 @@ void exponentials(RowBlock<T>& block, const Problem& p, int64_t b, int64_t h, in
     finish_scores(block.tile(t), lanes, p, b, h, row0, block.rows, t);
   }
   for (int64_t r = 0; r < block.rows; ++r) {
-    const Vec lane = Vec::loadu(lanes + r * Vec::size());
-    block.max[r] = at::vec::vec_reduce_all<float>([](Vec& a, Vec& c) { return at::vec::maximum(a, c); }, lane);
+    block.max[r] = largest(lanes + r * Vec::size());
   }
   std::fill_n(lanes, block.rows * Vec::size(), 0.f);
   for (int64_t t = block.first_tile; t < block.end_tile; ++t) {
-    float* x = block.tile(t);
-    for (int64_t r = 0; r < block.rows; ++r, x += KEYS) {
-      const Vec top(block.max[r] == -INF ? 0.f : block.max[r]);
-      Vec sum = Vec::loadu(lanes + r * Vec::size());
-      for (int64_t j = 0; j < KEYS; j += Vec::size()) {
-        const Vec e = (Vec::loadu(x + j) - top).exp_u20();
-        e.store(x + j);
-        sum = sum + e;
-      }
-      sum.store(lanes + r * Vec::size());
-    }
+    exponentials(block.tile(t), lanes, block.max, block.rows);
   }
   for (int64_t r = 0; r < block.rows; ++r) {
-    const Vec lane = Vec::loadu(lanes + r * Vec::size());
-    float sum = at::vec::vec_reduce_all<float>([](Vec& a, Vec& c) { return a + c; }, lane);
+    float sum = total(Vec::loadu(lanes + r * Vec::size()));
     sum = std::isnan(block.max[r]) ? block.max[r] : sum;
     block.inverse[r] = block.max[r] == -INF ? 0.f : 1 / sum;
     if (lse) {
@@ -176,12 +128,8 @@ void statistics_as(const Problem& p, const bool* image_mask, float* mean, float*
     const bool* image = image_mask + b * p.kv_len;
     float* row_mean = mean + b * p.heads * p.kv_len;
     std::fill_n(row_mean, p.heads * p.kv_len, 0.f);
-    const int64_t image_first = std::find(image, image + p.kv_len, true) - image;
-    int64_t image_last = p.kv_len;
-    while (image_last > image_first && !image[image_last - 1]) {
-      --image_last;
-    }
-    if (image_first == image_last && !lse) {
+    const Span span = image_span(image, p.kv_len);
+    if (span.first == span.last && !lse) {
       continue;
     }
     std::vector<Visibility> rules;
@@ -198,19 +146,18 @@ void statistics_as(const Problem& p, const bool* image_mask, float* mean, float*
           std::fill_n(columns, kv_padded, 0.f);
           for (int64_t n = item % chunks; n < blocks; n += chunks) {
             const int64_t row0 = n * ROWS, end = std::min(row0 + ROWS, p.q_len);
-            const bool sees_image = span_of(p, row0).first < image_last && span_of(p, end - 1).last > image_first;
+            const bool sees_image = span_of(p, row0).first < span.last && span_of(p, end - 1).last > span.first;
             if (!sees_image && !lse) {
               continue;
             }
-            exponentials(block, p, b, h, row0, keys.data() + h / group * head_size,
+            make_weights(block, p, b, h, row0, keys.data() + h / group * head_size,
                          lse ? lse + (b * p.heads + h) * p.q_len : nullptr);
-            add_columns(block, p, row0, rules[h % p.scoring.mask_heads].counting.data(), {image_first, image_last},
-                        columns);
+            add_columns(block, p, row0, rules[h % p.scoring.mask_heads].counting.data(), span, columns);
           }
         });
     for (int64_t h = 0; h < p.heads; ++h) {
       const auto& seen_by = rules[h % p.scoring.mask_heads].seen_by;
-      for (int64_t j = image_first; j < image_last; ++j) {
+      for (int64_t j = span.first; j < span.last; ++j) {
         float sum = 0;
         for (int64_t c = 0; c < chunks; ++c) {
           sum += partial.data()[(h * chunks + c) * kv_padded + j];
@@ -292,7 +239,7 @@ void attend_as(const Problem& p, const View& value, int64_t value_dim, const int
         [&](int64_t item, RowBlock<T>& block) {
           const int64_t row0 = (blocks - 1 - item / shares) * ROWS, share = item % shares;
           if (shared) {
-            exponentials(block, p, b, head[b], row0, keys.data());
+            make_weights(block, p, b, head[b], row0, keys.data());
             const T* map = normalised(block);
             for (int64_t h = share; h < p.kv_heads; h += shares) {
               times_values(block, p, map, values.data() + h * value_size, value_dim, output, b, row0, h * group, group);
@@ -300,7 +247,7 @@ void attend_as(const Problem& p, const View& value, int64_t value_dim, const int
             return;
           }
           for (int64_t h = share * group; h < (share + 1) * group; ++h) {
-            exponentials(block, p, b, h, row0, keys.data() + share * key_size);
+            make_weights(block, p, b, h, row0, keys.data() + share * key_size);
             times_values(block, p, normalised(block), values.data() + (per_head ? h : share) * value_size, value_dim,
                          output, b, row0, h, 1);
           }
@@ -321,11 +268,17 @@ bool multiplies_bfloat16(Dtype dtype) {
 }  // namespace
 
 void statistics(const Problem& p, const bool* image, float* mean, float* lse) {
+  if (p.q_len <= FEW_ROWS) {
+    return few_rows_statistics(p, image, mean, lse);
+  }
   multiplies_bfloat16(p.dtype) ? statistics_as<BFloat16>(p, image, mean, lse)
                                      : statistics_as<float>(p, image, mean, lse);
 }
 
 void attend(const Problem& p, const View& value, int64_t value_dim, const int32_t* head, const View& output) {
+  if (p.q_len <= FEW_ROWS) {
+    return few_rows_attend(p, value, value_dim, head, output);
+  }
   multiplies_bfloat16(p.dtype) ? attend_as<BFloat16>(p, value, value_dim, head, output)
                                      : attend_as<float>(p, value, value_dim, head, output);
 }
