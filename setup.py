@@ -175,7 +175,7 @@ def nvcc_release() -> tuple[int, int] | None:
 
 setup(
     packages=[*find_packages(include=["eah_kernels*"]), *find_packages("python")],
-    package_dir={"eah": "python/eah", "eah_command": "python/eah_command"},
+    package_dir={"eah": "python/eah"},
     package_data={"eah_kernels": ["py.typed"], "eah": ["py.typed"]},
     **native_extension(),
 )

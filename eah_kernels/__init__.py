@@ -19,7 +19,7 @@ from eah_kernels.api import (
 from eah_kernels.backends import BACKENDS
 from eah_kernels.by_row import HeadsByRow, heads_by_row
 from eah_kernels.checks import MAX_HEAD_DIM
-from eah_kernels.masks import Scoring
+from eah_kernels.masks import Scoring, shows
 from eah_kernels.native import native_parts
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "seeing_rows",
     "select_head",
     "shared_map_attention",
+    "shows",
     "sink_statistics",
 ]
 __version__ = "0.1.0"

@@ -4,7 +4,7 @@ import torch
 from transformers import LogitsProcessor
 
 import eah
-from eah.demo import load_picture, small_llava
+from eah.cli.samples import load_picture, small_llava
 
 
 class Contrast(LogitsProcessor):

@@ -9,7 +9,7 @@ import sys
 import torch
 
 import eah
-from eah.demo import load_picture, small_llava
+from eah.cli.samples import load_picture, small_llava
 
 SHADES = " .:-=+*#%@"
 

@@ -3,7 +3,7 @@
 import sys
 
 import eah
-from eah.demo import load_picture, small_llava
+from eah.cli.samples import load_picture, small_llava
 
 
 def main(model_folder=None, image_file=None):

@@ -1,7 +1,7 @@
 """PAI's contrast with the prompt that has no picture, together with EAH: by transformers' guidance_scale."""
 
 import eah
-from eah.demo import load_picture, small_llava
+from eah.cli.samples import load_picture, small_llava
 
 processor, model = small_llava()
 picture, _ = load_picture(None)

@@ -7,26 +7,34 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from eah.decode import HELD, MISSED, NOTHING_HELD
+from eah.method import Knobs
+from eah.reasons import Filled, Reason, Why, sentence
 from eah.uniform import Sight, uniform_means
 
+HELD = "a forward of several tokens on the cache was lent the held head's map, which no token of it helped to choose"
 
-class Record(NamedTuple):
-    """What a layer leaves behind in a forward: tensors on their device, read only when a report is asked for."""
 
-    head: Tensor | None = None  # (B,) int32
-    sink_counts: Tensor | None = None  # (B, Hq) int32
-    image_mask: Tensor | None = None  # (B, S) bool
-    sight: Sight | None = None
-    stood_aside: str | None = None
-    afterwards: str | None = None
-    held: Tensor | None = None  # () bool: later forwards of several tokens were lent a held head's map
-    complete: Tensor | None = None  # () bool, of a static cache: all that was cached is in the sums
+class Acted(NamedTuple):
+    """What a layer leaves behind in a prefill: tensors on their device, read only when a report is asked for."""
+
+    head: Tensor  # (B,) int32
+    sink_counts: Tensor  # (B, Hq) int32
+    image_mask: Tensor  # (B, S) bool
+    sight: Sight
     by_embedding: bool = False  # image tokens were looked for among embeddings
+    complete: Tensor | None = None  # () bool, of a static cache: all that was cached is in the sums
+    held: Tensor | None = None  # () bool: later forwards of several tokens were lent a held head's map
+    afterwards: Why | None = None
 
 
-NO_IMAGE_TOKEN = "no image token"
-NO_PLACEHOLDER = "no image token: no embedding is a placeholder's; handle.image_mask(mask) can say where they are"
+class StoodAside(NamedTuple):
+    """A forward that was left to the layer's own attention, and why a later one was."""
+
+    why: Why
+    afterwards: Why | None = None
+
+
+Record = Acted | StoodAside
 
 
 @dataclass(frozen=True)
@@ -104,43 +112,48 @@ class Report:
         return "\n".join([*map(str, self.layers), *(f"note: {note}" for note in self.notes)])
 
 
-def layer_report(layer: int, record: Record | None, settings) -> LayerReport:
-    """Reads the record's tensors: this waits for the device. settings: the layer's threshold and min_density."""
+def layer_report(layer: int, record: Record | None, knobs: Knobs) -> LayerReport:
+    """Reads the record's tensors: this waits for the device."""
     if record is None:
         return LayerReport(layer)
-    if record.stood_aside is not None:
-        return LayerReport(layer, stood_aside=record.stood_aside, afterwards=record.afterwards)
-    none_found = NO_PLACEHOLDER if record.by_embedding else NO_IMAGE_TOKEN
+    afterwards, continued = record.afterwards, None
+    if isinstance(record, StoodAside):
+        return LayerReport(layer, stood_aside=sentence(record.why), afterwards=afterwards and sentence(afterwards))
     image_tokens, uniform = record.image_mask.sum(-1).tolist(), uniform_means(record.sight, record.image_mask)
     columns = zip(record.head.tolist(), record.sink_counts.tolist(), image_tokens, uniform, strict=True)
-    rows = tuple(_row(*row, settings, none_found) for row in columns)
-    continued, afterwards = None, record.afterwards
+    rows = tuple(_row(*row, knobs, record.by_embedding) for row in columns)
     if record.held is not None:
-        continued, none_held = (HELD, None) if record.held.item() else (None, NOTHING_HELD)
-        afterwards = afterwards or none_held
+        if record.held.item():
+            continued = HELD
+        else:
+            afterwards = afterwards or Reason.NOTHING_HELD
     if record.complete is not None and not record.complete.item():
-        afterwards = afterwards or MISSED
-    return LayerReport(layer, rows, afterwards=afterwards, continued=continued)
+        afterwards = afterwards or Reason.MISSED
+    return LayerReport(layer, rows, afterwards=afterwards and sentence(afterwards), continued=continued)
 
 
-def _row(head: int, sinks: list[int], image_tokens: int, uniform: Tensor, settings, none_found: str) -> RowReport:
+def _row(
+    head: int, sinks: list[int], image_tokens: int, uniform: Tensor, knobs: Knobs, by_embedding: bool
+) -> RowReport:
     most, chosen = max(sinks), head >= 0
-    density = most / image_tokens if image_tokens else 0.0
-    why_none = None
-    if not chosen:
-        why_none = f"density below min_density {settings.min_density:g}" if most else "no head has a sink"
-        why_none = why_none if image_tokens else none_found
     uniform = uniform[head if chosen and len(uniform) > 1 else 0]
     uniform = uniform[uniform > 0]  # elsewhere there is no image token, or no row that counts
-    level, share = (t.double().mean().item() if len(t) else 0.0 for t in (uniform, uniform > settings.threshold))
+    level, share = (t.double().mean().item() if len(t) else 0.0 for t in (uniform, uniform > knobs.threshold))
     return RowReport(
         head=head if chosen else None,
         sinks=tuple(sinks),
         image_tokens=image_tokens,
-        density=density,
-        why_none=why_none,
+        density=most / image_tokens if image_tokens else 0.0,
+        why_none=None if chosen else sentence(_why_none(most, image_tokens, knobs, by_embedding)),
         tied=chosen and sinks.count(most) > 1,
         saturated=chosen and most == image_tokens,
         uniform_level=level,
         uniform_share=share,
     )
+
+
+def _why_none(most: int, image_tokens: int, knobs: Knobs, by_embedding: bool) -> Why:
+    """Of a row whose heads have `most` sinks at most."""
+    if not image_tokens:
+        return Reason.NO_PLACEHOLDER if by_embedding else Reason.NO_IMAGE_TOKEN
+    return Filled(Reason.SPARSE, (knobs.min_density,)) if most else Reason.NO_SINK

@@ -6,32 +6,27 @@ query is zero, so the masks of every form are read in one place, `eah_kernels`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from eah.arguments import Call
-from eah_kernels import sink_statistics
+from eah.method import column_mean
+from eah_kernels import Scoring, shows
+
+Sight = Scoring | Tensor
+"""Who sees whom in a prefill, without anything S x S: a mask of keys and rules, or the means themselves,
+(B, 1|Hq, S) float32, of a mask with rows, which is not kept."""
 
 
-class Sight(NamedTuple):
-    """Who sees whom in a prefill, without anything S x S: a mask of keys and rules, or the means themselves."""
-
-    padding_mask: Tensor | None = None  # (B, S) bool
-    causal: bool = True
-    sliding_window: int | None = None
-    means: Tensor | None = None  # (B, 1|Hq, S) float32, of a mask with rows, which is not kept
-
-
-def sight_of(call: Call) -> Sight:
+def sight_of(image_mask: Tensor, scoring: Scoring) -> Sight:
     """Of a prefill. A mask with rows is reduced at once: a single head without products."""
-    mask = call.attention_mask
-    if mask is None or mask.dim() == 2:
-        return Sight(None if mask is None else mask.clone(), call.causal, call.sliding_window)
+    mask = scoring.attention_mask
+    keys = Scoring(mask, scoring.causal, sliding_window=scoring.sliding_window)
+    if mask is None:
+        return keys
+    if mask.dim() == 2:
+        return keys._replace(attention_mask=mask.clone())
     with torch.no_grad():
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return Sight(means=_means(call.image_mask, visible, call.causal, call.sliding_window))
+        return _means(image_mask, keys._replace(attention_mask=shows(mask)))
 
 
 def uniform_means(sight: Sight, image_mask: Tensor) -> Tensor:
@@ -39,16 +34,14 @@ def uniform_means(sight: Sight, image_mask: Tensor) -> Tensor:
 
     0 off the image and where there is no such row.
     """
-    if sight.means is not None:
-        return sight.means
+    if isinstance(sight, Tensor):
+        return sight
     with torch.no_grad():
-        return _means(image_mask, sight.padding_mask, sight.causal, sight.sliding_window)
+        return _means(image_mask, sight)
 
 
-def _means(image_mask: Tensor, visible: Tensor | None, causal: bool, window: int | None) -> Tensor:
-    heads = visible.shape[1] if visible is not None and visible.dim() == 4 else 1
+def _means(image_mask: Tensor, scoring: Scoring) -> Tensor:
     batch, length = image_mask.shape
     zero = torch.zeros(1, 1, 1, 1, device=image_mask.device)
-    query, key = zero.expand(batch, heads, length, 16), zero.expand(batch, 1, length, 16)
-    rules = {"attention_mask": visible, "causal": causal, "sliding_window": window}
-    return sink_statistics(query, key, image_mask, return_column_mean=True, **rules).column_mean
+    query, key = zero.expand(batch, scoring.mask_heads, length, 16), zero.expand(batch, 1, length, 16)
+    return column_mean(query, key, image_mask, scoring)

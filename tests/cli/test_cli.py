@@ -14,24 +14,25 @@ pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
 
-import eah_command
 import eah_kernels
 from bench.contestants import published_eager
 from bench.layers import Inputs
-from eah import cli, demo, doctor
+from eah import cli
+from eah.cli import demo, doctor, models, samples
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
 
 
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory):
     """The demo's model and processor in a folder, as a user's would be, and a picture."""
     folder = tmp_path_factory.mktemp("model")
-    processor, model = demo.small_llava()
+    processor, model = samples.small_llava()
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
     picture = folder / "picture.png"
-    demo.load_picture(None)[0].resize((60, 80)).save(picture)
+    samples.load_picture(None)[0].resize((60, 80)).save(picture)
     return folder, picture
 
 
@@ -103,7 +104,7 @@ def test_no_ratio_is_told_where_rounds_differ_by_more_than_twofold():
 
 
 def test_the_demo_times_the_published_form_of_the_benchmark():
-    inputs = demo.layer_inputs("cpu", torch.float32, 90, 4)
+    inputs = samples.layer_inputs("cpu", torch.float32, 90, 4)
     result = demo.published(*inputs, 0.01)
     for ours, theirs in zip(result, published_eager(Inputs(*inputs, None, 0.01)), strict=True):
         assert torch.equal(ours, theirs)
@@ -189,7 +190,7 @@ def test_generate_refuses_a_backend_that_cannot_run(capsys, saved_model, no_weig
 def test_a_backend_is_asked_about_the_device_that_it_will_run_on(capsys, saved_model, no_weights, monkeypatch):
     """Not about the one of the model without weights: with --device cuda Triton would be refused there."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("eah.generate.check_knobs", lambda *_: None)  # as with a GPU
+    monkeypatch.setattr("eah.cli.generate.check_knobs", lambda *_: None)  # as with a GPU
     with pytest.raises(pytest.fail.Exception, match="the weights were read"):
         generate(capsys, saved_model, "--backend", "triton")
 
@@ -241,22 +242,32 @@ def test_an_interrupt_ends_in_one_line(capsys, monkeypatch, command):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    for name in ("family_table", "doctor", "demo"):
-        monkeypatch.setattr(cli, name, interrupted)
+    for name in ("models.family_table", "doctor.doctor", "demo.demo"):
+        monkeypatch.setattr(f"eah.cli.{name}", interrupted)
     assert run(capsys, *command) == (130, "", f"eah {command[0]}: interrupted\n")
 
 
-def test_an_interrupt_while_torch_loads_ends_in_one_line(capsys, monkeypatch):
-    class Interrupted:
-        def find_spec(self, name, *_):
-            if name == "eah.cli":
-                raise KeyboardInterrupt
+@pytest.mark.parametrize("arguments", [["--version"], ["generate", "--help"], ["doctor"], ["demo"]], ids=" ".join)
+def test_an_interrupt_while_torch_loads_ends_in_one_line(arguments):
+    """Also where `python -m eah` is still finding out which arguments there are."""
+    code = (
+        "import runpy, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            raise KeyboardInterrupt\n"
+        f"sys.meta_path.insert(0, Interrupted()); sys.argv[1:] = {arguments}\n"
+        "runpy.run_module('eah', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    command = "" if "--" in arguments[-1] else f" {arguments[0]}"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"eah{command}: interrupted\n")
 
-    monkeypatch.delitem(sys.modules, "eah.cli")
-    monkeypatch.delattr("eah.cli")
-    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
-    assert eah_command.main() == 130
-    assert capsys.readouterr() == ("", "eah: interrupted\n")
+
+def test_what_needs_no_torch_does_not_load_it():
+    for arguments in ("", "--help", "models", "demo --help"):
+        code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = '{arguments}'.split(); import eah.__main__"
+        subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_a_traceback_is_shown_on_request(capsys, saved_model):
@@ -274,7 +285,7 @@ def test_models_in_markdown_is_the_table_in_the_readme(capsys):
 
 def test_models(capsys, monkeypatch):
     status, out, _ = run(capsys, "models")
-    rows = cli.family_table()
+    rows = models.family_table()
     lines = out.splitlines()
     assert status == 0 and "|" not in out and len(lines) == len(rows) + 3
     column = lines[0].index("status")
@@ -282,7 +293,7 @@ def test_models(capsys, monkeypatch):
     assert json.loads(run(capsys, "models", "--json")[1]) == [row._asdict() for row in rows]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "90")
-    folded = cli.models_text()
+    folded = models.models_text()
     assert max(map(len, folded.splitlines())) <= 90
     assert folded.split() == out.split() and "\n  " in folded
 

@@ -46,9 +46,31 @@ def test_the_binding_uses_public_names_only(path):
             assert module == "eah_kernels" and name in {*eah_kernels.__all__, "__version__"}
 
 
-def run(code):
+METHOD = {"eah.method", "eah.reasons", "eah.report", "eah.uniform"}
+
+
+@pytest.mark.parametrize("name", sorted(METHOD))
+def test_the_method_knows_no_framework(name):
+    """Whatever runs the model can use it."""
+    path = ROOT / "python" / f"{name.replace('.', '/')}.py"
+    modules = {module for module, _ in imported(path)}
+    assert {module for module in modules if module.split(".")[0] == "eah"} <= METHOD
+    assert {module.split(".")[0] for module in modules} - {"eah"} <= {"torch", "eah_kernels", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", BINDING, ids=lambda p: p.name)
+def test_one_room_of_the_binding_knows_of_transformers(path):
+    """Its names say where they are: within the package eah.transformers, too, `transformers` is the real one."""
+    levels = {node.level for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+    assert levels <= {0}
+    room = path.relative_to(ROOT / "python/eah").parts[0]
+    if room not in ("transformers", "cli", "eval"):
+        assert "transformers" not in {module.split(".")[0] for module, _ in imported(path)}
+
+
+def run(code, folder=None):
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -56,20 +78,27 @@ def run(code):
 BLOCKED = "import sys; sys.modules['triton'] = sys.modules['transformers'] = sys.modules['numpy'] = None\n"
 
 
-def test_without_triton_transformers_and_numpy():
+@pytest.mark.parametrize("first", ["eah.Handle", "eah_kernels.eah_attention"])
+def test_without_triton_transformers_and_numpy(first):
     """Nothing fails or warns, torch's own warning about a missing numpy included; the command's findings say it."""
     out = run(
         BLOCKED + "import warnings; warnings.simplefilter('error')\n"
         "before = list(warnings.filters)\n"
-        "import eah\n"
+        f"import {first.split('.')[0]}; {first}\n"
         "assert [f for f in before if f not in warnings.filters] == []\n"
         "import torch, eah_kernels, eah.cli\n"
         "x = torch.randn(1, 2, 8, 16); image = torch.ones(1, 8, dtype=torch.bool)\n"
         "for backend in ('auto', 'torch', 'reference'):\n"
         "    eah_kernels.eah_attention(x, x, x, image, backend=backend)\n"
-        "assert eah.cli.main(['doctor']) == 0\n"
         "for wrong in (['demo'], ['generate', '--model', '.', '--image', 'none.png', '--prompt', 'x']):\n"
         "    assert eah.cli.main(wrong) == 1\n"
+    )
+    assert out == ""
+
+
+def test_the_doctor_without_triton_transformers_and_numpy():
+    out = run(
+        BLOCKED + "import warnings; warnings.simplefilter('error'); sys.argv[1:] = ['doctor']; import eah.__main__"
     )
     assert "eah.enable     no: it needs transformers >= 5.3" in out and "reference    works" in out
 
@@ -79,8 +108,30 @@ def test_importing_registers_ops_and_nothing_else():
         "import sys, torch\n"
         "from torch.nn.functional import scaled_dot_product_attention as before\n"
         "import eah_kernels, eah\n"
+        "eah.enable\n"
         "assert torch.nn.functional.scaled_dot_product_attention is before\n"
         "print([m for m in ('triton.language', 'eah_kernels.triton', 'transformers') if m in sys.modules])\n"
         "print(hasattr(torch.ops.eah_kernels, 'eah_attention'))\n"
     )
     assert out.split("\n")[:2] == ["[]", "True"]
+
+
+def test_importing_eah_loads_names_only():
+    out = run(
+        "import sys, eah\n"
+        "print([m for m in ('torch', 'transformers', 'eah_kernels') if m in sys.modules])\n"
+        "print(dir(eah) == sorted(eah.__all__))\n"
+        "from eah import *\n"
+        "import eah_kernels, eah.transformers.find as there\n"
+        "print(__version__ == eah_kernels.__version__, there.UnsupportedModelError is UnsupportedModelError)\n"
+        "print(hasattr(eah, 'settings'))\n"
+    )
+    assert out.split("\n")[:4] == ["[]", "True", "True True", "False"]
+
+
+def test_a_folder_of_eah_is_not_taken_for_transformers():
+    """From python/eah Python finds eah's own folder first: that says so, instead of a missing name later on."""
+    out = run("try: import transformers\nexcept ImportError as error: print(error)", folder=ROOT / "python/eah")
+    assert "is a part of eah and was imported as transformers" in out and "start from another folder" in out
+    for folder in ("python", "python/eah/cli", "python/eah/transformers"):
+        run("import eah.transformers.find, transformers; transformers.AttentionInterface", folder=ROOT / folder)

@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 import transformers
 
 import eah
-from eah import cli, demo
+from eah import cli
+from eah.cli import demo, samples
 from eah_kernels import eah_attention, native
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +30,12 @@ ERRORS = TROUBLESHOOTING.split("<!-- errors -->")[1].split("<!-- end of errors -
 
 @pytest.fixture(scope="module")
 def llava():
-    return demo.small_llava()
+    return samples.small_llava()
 
 
 @pytest.fixture(scope="module")
 def inputs(llava):
-    return llava[0](images=demo.load_picture(None)[0], text=demo.PROMPT, return_tensors="pt")
+    return llava[0](images=samples.load_picture(None)[0], text=demo.PROMPT, return_tensors="pt")
 
 
 def test_the_code_for_a_real_model(llava, monkeypatch, tmp_path, capsys):
@@ -43,7 +44,7 @@ def test_the_code_for_a_real_model(llava, monkeypatch, tmp_path, capsys):
     for cls, found in ((transformers.AutoProcessor, processor), (transformers.LlavaForConditionalGeneration, model)):
         monkeypatch.setattr(cls, "from_pretrained", lambda name, found=found, **_: asked.append(name) or found)
     photo = tmp_path / "photo.jpg"
-    demo.load_picture(None)[0].save(photo)
+    samples.load_picture(None)[0].save(photo)
     code = REAL_MODEL
     for shown, here in {"photo.jpg": str(photo), "cuda": "cpu", "float16": "float32", "=128": "=3"}.items():
         assert shown in code
@@ -71,7 +72,7 @@ def test_the_code_for_the_handle(llava, inputs):
 
 
 def test_the_code_for_the_kernels():
-    query, key, value, image_mask = demo.layer_inputs("cpu", torch.float32, 60, 4)
+    query, key, value, image_mask = samples.layer_inputs("cpu", torch.float32, 60, 4)
     names = dict(query=query, key=key, value=value, image_mask=image_mask)
     exec(ONE_LAYER, names)
     assert names["output"].shape == query.shape and names["head"].shape == (1,) and names["sink_counts"].shape == (1, 4)
@@ -80,7 +81,7 @@ def test_the_code_for_the_kernels():
 def printed_errors(llava, monkeypatch, capsys):
     """Makes the mistakes of docs/troubleshooting.md; gives what each one prints, in the table's order."""
     _, model = llava
-    query, key, value, image_mask = demo.layer_inputs("cpu", torch.float32, 60, 4)
+    query, key, value, image_mask = samples.layer_inputs("cpu", torch.float32, 60, 4)
 
     def message(function, *arguments, **options):
         with pytest.raises((ImportError, RuntimeError, TypeError, ValueError)) as raised:
@@ -102,7 +103,7 @@ def printed_errors(llava, monkeypatch, capsys):
         patch.setitem(sys.modules, "PIL", None)
         yield command("demo")
     with monkeypatch.context() as patch:
-        patch.setattr("eah.generate.load_picture", lambda file: (None, file))
+        patch.setattr("eah.cli.generate.load_picture", lambda file: (None, file))
         yield generate()
     yield generate(device="cuda:99")
     with monkeypatch.context() as patch:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import eah
-from eah import swap
+from eah.transformers.forward import FLASH
+from eah.transformers.layer import attention_forward
 from eah_kernels.masks import Scoring
 
 from ..support.tiny_models import IMAGE, Oracle, attention_of, build, prompt
@@ -43,7 +46,7 @@ def flash(monkeypatch):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 
-    for name in (*swap.FLASH, HUB):
+    for name in (*FLASH, HUB):
         monkeypatch.setitem(functions._local_mapping, name, flash_stand_in)
     monkeypatch.setitem(masks._global_mapping, HUB, masks["flash_attention_2"])
 
@@ -115,18 +118,18 @@ def test_flex_masks(text, rows):
     def block_mask(module, query, key, value, attention_mask, **kwargs):
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-        config = swap.copy.copy(model.get_decoder().config)
+        config = copy.copy(model.get_decoder().config)
         config._attn_implementation_internal = "flex_attention"
         make = create_sliding_window_causal_mask if text else create_causal_mask
         embeds = query.new_zeros(len(query), query.shape[2], 1)
         mask = make(config, inputs_embeds=embeds, attention_mask=inputs["attention_mask"], past_key_values=None)
         seen.append(type(mask).__name__)
-        return swap.attention_forward(module, query, key, value, mask, **kwargs)
+        return attention_forward(module, query, key, value, mask, **kwargs)
 
     transformers.AttentionInterface.register("block_mask", block_mask)
     with eah.enable(model, threshold=oracle.threshold) as handle:
         layer = attention_of(model, 1).eah_layer
-        layer.config = swap.copy.copy(layer.config)
+        layer.config = copy.copy(layer.config)
         layer.config._attn_implementation_internal = "flex_attention"
         attention_of(model, 1).config._attn_implementation_internal = "block_mask"
         close(model(**inputs).logits, oracle(**inputs), inputs["attention_mask"])
@@ -150,12 +153,12 @@ def test_later_steps_with_flex_masks(mode):
             return real[b, at] & (at <= row + kv_len - q_len)
 
         mask = create_block_mask(seen, len(query), None, q_len, kv_len, device="cpu")
-        return swap.attention_forward(module, query, key, value, mask, **kwargs)
+        return attention_forward(module, query, key, value, mask, **kwargs)
 
     transformers.AttentionInterface.register("block_mask", block_mask)
     with eah.enable(model, threshold=oracle.threshold, decode=mode) as handle:
         layer = attention_of(model, 1).eah_layer
-        layer.config = swap.copy.copy(layer.config)
+        layer.config = copy.copy(layer.config)
         layer.config._attn_implementation_internal = "flex_attention"
         attention_of(model, 1).config._attn_implementation_internal = "block_mask"
         got = feed(model, inputs, chunks, cache_of("dynamic", model))

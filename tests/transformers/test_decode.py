@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import eah
-from eah import decode, image_tokens, swap
+from eah.method import Choice
+from eah.reasons import Reason, sentence
+from eah.report import HELD
+from eah.transformers.cache import CROPPED
 
 from ..support.decode_oracle import DecodeOracle
 from ..support.tiny_models import IMAGE, attention_of, build, prompt
@@ -46,7 +49,7 @@ def skip_unless_tracked(mode, static=True):
     """Until transformers 5.8 or so a static cache does not tell where it writes: "track" then stands aside."""
     layer = transformers.StaticCache(config=transformers.LlamaConfig(num_hidden_layers=1), max_cache_len=2).layers[0]
     if static and mode == "track" and not hasattr(layer, "cumulative_length"):
-        pytest.skip(f"transformers {transformers.__version__}: {decode.UNKNOWN_POSITION}")
+        pytest.skip(f"transformers {transformers.__version__}: {Reason.UNKNOWN_POSITION.value}")
 
 
 def cache_of(kind, model):
@@ -114,7 +117,7 @@ def test_several_tokens_at_once(mode, name, kind):
         assert torch.equal(torch.stack(heads), torch.stack(oracle.heads)[rows])
     close(got, want, inputs["attention_mask"])
     layer = handle.report().layers[0]
-    assert layer.afterwards is None and layer.continued == (decode.HELD if mode == "hold" else None)
+    assert layer.afterwards is None and layer.continued == (HELD if mode == "hold" else None)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -180,7 +183,7 @@ def test_drafted_tokens(how):
     with eah.enable(model, threshold=0.02, decode="hold") as handle:
         generated(model, inputs, **options)
     layer = handle.report().layers[0]
-    assert layer.rows[0].head is not None and (layer.continued, layer.afterwards) == (decode.HELD, None)
+    assert layer.rows[0].head is not None and (layer.continued, layer.afterwards) == (HELD, None)
     with eah.enable(model, threshold=0.02, decode="track") as handle:
         generated(model, inputs, **options)
     assert handle.report().layers[0].afterwards is None
@@ -202,7 +205,7 @@ def test_cropping():
         cache.crop(-1)
         assert cache.layers[1].carried is None
         step(model, inputs, cache)
-        assert handle.report().layers[0].afterwards == decode.CROPPED
+        assert handle.report().layers[0].afterwards == sentence(CROPPED)
     with eah.enable(model, threshold=oracle.threshold, decode="hold") as handle:
         cache = cache_of("dynamic", model)
         feed(model, inputs, chunks, cache)
@@ -250,26 +253,26 @@ def test_steps_that_stand_aside():
     held = {"threshold": 0.02, "decode": "hold"}
     with eah.enable(model, **held) as handle:
         want = step(model, inputs, copy.deepcopy(plain))
-        assert handle.report().layers[0].stood_aside == decode.NOT_BEGUN
+        assert handle.report().layers[0].stood_aside == Reason.NOT_BEGUN.value
         feed(model, inputs, (), cache)
         assert torch.equal(step(model, inputs, plain), want)
-        assert handle.report().layers[0].afterwards == decode.NOT_BEGUN
+        assert handle.report().layers[0].afterwards == Reason.NOT_BEGUN.value
     with eah.enable(model, threshold=0.02, decode="track") as handle:
         feed(model, inputs, (), cache_of("dynamic", model))
         step(model, inputs, copy.deepcopy(cache))
-        assert handle.report().layers[0].afterwards == decode.OTHER_MODE
+        assert handle.report().layers[0].afterwards == Reason.OTHER_MODE.value
     with eah.enable(model, **held) as handle:
         feed(model, inputs, (), cache_of("dynamic", model))
         one = copy.deepcopy(cache)
-        one.layers[1].carried = decode.Carried(one.layers[1].carried.head[:1])
+        one.layers[1].carried = Choice(one.layers[1].carried.head[:1])
         step(model, inputs, one)
-        assert handle.report().layers[0].afterwards == decode.OTHER_BATCH
+        assert handle.report().layers[0].afterwards == Reason.OTHER_BATCH.value
         assert one.layers[1].carried is None
         feed(model, inputs, (), cache_of("dynamic", model))
         model.train()
         attention_of(model, 1).attention_dropout = 0.5
         step(model, inputs, cache)
-        assert handle.report().layers[0].afterwards == swap.DROPOUT
+        assert handle.report().layers[0].afterwards == Reason.DROPOUT.value
 
 
 def test_maps_and_gradients_of_a_step():
@@ -292,7 +295,7 @@ def test_maps_and_gradients_of_a_step():
                 torch.testing.assert_close(out.logits.detach(), want[-1], rtol=1e-4, atol=2e-4)
                 with torch.no_grad():
                     model(input_ids=ids.expand(-1, 2), past_key_values=cache, output_attentions=True)
-                assert handle.report().layers[0].afterwards == decode.ROWS_WITH_MAPS
+                assert handle.report().layers[0].afterwards == Reason.ROWS_WITH_MAPS.value
 
 
 def test_another_decode_is_refused():
@@ -343,7 +346,7 @@ def test_a_cache_without_layers():
     with eah.enable(model, threshold=0.02, decode="hold") as handle:
         got = feed(model, inputs, STEPS[:, :2].split(1, 1), Bare(cache_of("dynamic", model)))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert handle.report().layers[0].rows and handle.report().layers[0].afterwards == decode.NO_CACHE_LAYER
+    assert handle.report().layers[0].rows and handle.report().layers[0].afterwards == Reason.NO_CACHE_LAYER.value
 
 
 @pytest.mark.parametrize("mode", ["hold", "track"])
@@ -363,7 +366,7 @@ def test_a_prompt_in_chunks_is_left_alone(mode):
     plain = generated(model, inputs)
     with eah.enable(model, threshold=0.0, decode=mode) as handle:
         assert torch.equal(generated(model, inputs, prefill_chunk_size=8), plain)
-    assert handle.report().layers[0].stood_aside == image_tokens.CHUNKED
+    assert handle.report().layers[0].stood_aside == Reason.CHUNKED.value
 
 
 def test_flash_attention_without_a_mask_on_a_static_cache(monkeypatch):
@@ -378,4 +381,4 @@ def test_flash_attention_without_a_mask_on_a_static_cache(monkeypatch):
         cache = cache_of("static", model)
         feed(model, inputs, (), cache)
         step(model, inputs, cache)
-    assert handle.report().layers[0].afterwards == decode.NO_MASK
+    assert handle.report().layers[0].afterwards == Reason.NO_MASK.value

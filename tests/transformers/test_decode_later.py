@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import eah
-from eah import decode
+from eah.reasons import Reason
+from eah.report import HELD
+from eah.transformers.cache import CROPPED
 
 from ..support.tiny_models import IMAGE, build, prompt
 from .test_decode import MIXED, STEPS, cache_of, feed, skip_unless_tracked, step
@@ -32,7 +34,7 @@ def test_tokens_cached_while_disabled(kind):
             feed(model, inputs, (), cache_of("dynamic", model))
             got = step(model, inputs, cache)
             assert torch.allclose(got, want, atol=1e-5) == (mode == "track")
-            assert handle.report().layers[0].afterwards == (decode.MISSED if mode == "track" else None)
+            assert handle.report().layers[0].afterwards == (Reason.MISSED.value if mode == "track" else None)
             feed(model, inputs, STEPS[:, :1].split(1, 1), cache_of(kind, model))
             assert handle.report().layers[0].afterwards is None
 
@@ -44,10 +46,10 @@ def test_a_text_only_prefix_holds_nothing(kind):
         cache = cache_of(kind, model)
         feed(model, text, STEPS[:, :4].split([1, 3], 1), cache)
         layer = handle.report().layers[0]
-        assert (layer.continued, layer.afterwards) == (None, decode.NOTHING_HELD)
+        assert (layer.continued, layer.afterwards) == (None, Reason.NOTHING_HELD.value)
         other = cache_of(kind, model)
         feed(model, inputs, STEPS[:, :3].split([3], 1), other)
-        assert (handle.report().layers[0].continued, handle.report().layers[0].afterwards) == (decode.HELD, None)
+        assert (handle.report().layers[0].continued, handle.report().layers[0].afterwards) == (HELD, None)
         feed(model, text, (), cache_of(kind, model))
         assert handle.report().layers[0].continued is None  # of the last prefill, a text alone
 
@@ -115,5 +117,5 @@ def test_drafted_tokens_taken_back(name, kind):
         same(cache.layers[1].carried, want.layers[1].carried)
         assert cache.layers[1].last.query.shape[2] == 2
         cache.crop(-3)
-        assert cache.layers[1].why_none == decode.CROPPED
+        assert cache.layers[1].why_none == CROPPED
     assert handle.report().layers[0].afterwards is None

@@ -1,4 +1,4 @@
-"""Every family of `eah models`, tiny and random, against the oracle: the rows of `eah.models.FAMILIES` hold."""
+"""Every family of `eah models`, tiny and random, against the oracle: the rows of `FAMILIES` hold."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import pytest
 import torch
 
 import eah
-from eah.arguments import plain_causal
-from eah.models import (
-    FAMILIES,
-    PLAIN_CAUSAL_DECODERS,
-    SPEECH,
-    attention_namespace,
-    family_table,
-    head_dims,
-    query_heads,
-)
+from eah.transformers.arguments import plain_causal
+from eah.transformers.families import FAMILIES, PLAIN_CAUSAL_DECODERS, SPEECH, Refused, family_table
+from eah.transformers.find import attention_namespace, head_dims, query_heads
 
 from ..support.family_models import FAMILIES as TINY
 from ..support.family_models import attention_of, build, prompt
@@ -268,7 +261,7 @@ REFUSED = {  # why, and what makes the config small, or complete where its defau
         "an encoder",
         {"encoder": {"model_type": "vit", **VIT}, "decoder": {"model_type": "gpt2", "n_layer": 1}},
     ),
-    **{name: ("no image", {}) for name, family in FAMILIES.items() if family.refused == SPEECH},
+    **{name: ("no image", {}) for name, family in FAMILIES.items() if family == Refused(SPEECH)},
 }
 OUTSIDE_THE_MAPS = {"mistral_large4": "MistralLarge4ForConditionalGeneration", "pixtral": "PixtralVisionModel"}
 MODELS = {

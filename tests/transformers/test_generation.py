@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import eah
-from eah import image_tokens, report, swap
+from eah.reasons import Reason
 
 from ..support.family_models import build as build_family
 from ..support.family_models import prompt as family_prompt
@@ -121,10 +121,10 @@ def test_embeddings_with_an_image_mask():
     want = generated(oracle.model, inputs)[:, inputs["input_ids"].shape[1] :]
     with eah.enable(model, threshold=oracle.threshold) as handle:
         assert torch.equal(generated(model, embeds), plain)
-        assert {row.why_none for row in handle.report().layers[0].rows} == {report.NO_PLACEHOLDER}
+        assert {row.why_none for row in handle.report().layers[0].rows} == {Reason.NO_PLACEHOLDER.value}
         with handle.image_mask(inputs["input_ids"] == IMAGE):
             assert torch.equal(generated(model, embeds), want)
-            assert {row.why_none for row in handle.report().layers[0].rows} == {None, report.NO_IMAGE_TOKEN}
+            assert {row.why_none for row in handle.report().layers[0].rows} == {None, Reason.NO_IMAGE_TOKEN.value}
             got = generated(model, inputs, use_cache=False)
         assert torch.equal(generated(model, embeds), plain)
     assert not torch.equal(want, plain)
@@ -200,7 +200,7 @@ def test_drafted_tokens(how):
     layer = handle.report().layers[0]
     assert got.shape[1] == inputs["input_ids"].shape[1] + 6
     assert layer.rows[0].image_tokens == 9 and layer.rows[0].head is not None
-    assert layer.afterwards == image_tokens.CACHED
+    assert layer.afterwards == Reason.CACHED.value
 
 
 def test_pipeline():
@@ -234,7 +234,7 @@ def test_continuous_batching_is_delegated():
     plain = tokens()
     with eah.enable(model, threshold=0.0) as handle:
         assert tokens() == plain
-    assert handle.report().layers[0].stood_aside == swap.UNSUPPORTED_ARGUMENTS["cache"]
+    assert handle.report().layers[0].stood_aside == Reason.CONTINUOUS.value
 
 
 def test_pixels_by_position():
@@ -243,7 +243,7 @@ def test_pixels_by_position():
     pixels = inputs.pop("pixel_values")
     with torch.no_grad(), eah.enable(model) as handle:
         model(pixels, **inputs)
-    assert handle.report().layers[0].stood_aside == image_tokens.BY_POSITION
+    assert handle.report().layers[0].stood_aside == Reason.BY_POSITION.value
 
 
 def test_blip_without_a_prompt():

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from eah import swap
+from eah.reasons import Reason
 
 from ..support.family_models import build as build_family
 from ..support.family_models import prompt as family_prompt
@@ -134,7 +134,7 @@ def test_replicated_attention_needs_no_collective(ranks, folder, threshold):
 def test_masks_per_head_are_left_alone(ranks):
     for rank in ranks:
         plain, enabled, report = rank["masks per head"]
-        assert torch.equal(enabled, plain) and report.stood_aside == swap.MASK_PER_HEAD
+        assert torch.equal(enabled, plain) and report.stood_aside == Reason.MASK_PER_HEAD.value
 
 
 def test_tracking_stands_aside_after_the_prompt(ranks, alone):
@@ -143,7 +143,7 @@ def test_tracking_stands_aside_after_the_prompt(ranks, alone):
     for rank in ranks:
         got, tracked = rank["track"]
         assert torch.equal(got, tokens)
-        assert tracked.rows == report.rows and tracked.afterwards == swap.SPREAD
+        assert tracked.rows == report.rows and tracked.afterwards == Reason.SPREAD.value
 
 
 def test_data_parallel(ranks, folder, threshold):

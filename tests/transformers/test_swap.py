@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eah
-import eah_kernels
+from eah import method
 
 from ..support.tiny_models import FAMILIES, IMAGE, VIDEO, Oracle, attention_of, build, prompt
 
@@ -125,11 +125,11 @@ def test_plain_causal_layers_are_given_the_padding_mask(monkeypatch, attn, text,
     model, inputs = build("llava", attn, **text), prompt("llava", *CASES["left padding"])
     arrived = []
 
-    def kernel(*args, **knobs):
-        arrived.append((knobs["attention_mask"].dim(), knobs["causal"]))
-        return eah_kernels.eah_attention(*args, **knobs)
+    def enhance(call, image_mask, knobs):
+        arrived.append((call.scoring.attention_mask.dim(), call.scoring.causal))
+        return method.enhance(call, image_mask, knobs)
 
-    monkeypatch.setattr("eah.swap.eah_attention", kernel)
+    monkeypatch.setattr("eah.transformers.plan.enhance", enhance)
     with eah.enable(model):
         logits(model, **inputs)
     assert arrived == [(dims, dims == 2)]

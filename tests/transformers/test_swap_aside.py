@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import eah
-from eah import image_tokens, report, swap
+from eah.reasons import Reason
+from eah.transformers.forward import HANDLED
+from eah.transformers.plan import CHANGED_BY
+from eah.transformers.prompt import Prompt
 
 from ..support.tiny_models import attention_of, build, prompt
 
@@ -30,13 +33,13 @@ def stands_aside(model, reason, **inputs):
 
 
 @pytest.mark.seam
-@pytest.mark.parametrize("name", swap.UNSUPPORTED_ARGUMENTS)
+@pytest.mark.parametrize("name", CHANGED_BY)
 def test_an_argument_that_changes_the_attention(name):
     if name in inspect.signature(transformers.LlamaModel.forward).parameters:
         pytest.skip("the name of the model's own cache in this transformers version")
     inputs = prompt("llava", ROWS)
     del inputs["pixel_values"]
-    stands_aside(build("llava"), swap.UNSUPPORTED_ARGUMENTS[name], **inputs, **{name: torch.zeros(1, 1, 1, 1)})
+    stands_aside(build("llava"), CHANGED_BY[name].value, **inputs, **{name: torch.zeros(1, 1, 1, 1)})
 
 
 def test_another_base_implementation():
@@ -47,7 +50,7 @@ def test_another_base_implementation():
     transformers.AttentionMaskInterface.register("mine", sdpa_mask)
     model = build("llava")
     model.set_attn_implementation("mine")
-    reason = f"the attention implementation 'mine' is not handled; handled are {', '.join(swap.HANDLED)}"
+    reason = f"the attention implementation 'mine' is not handled; handled are {', '.join(HANDLED)}"
     stands_aside(model, reason, **prompt("llava", ROWS))
 
 
@@ -77,7 +80,7 @@ def test_attention_dropout_in_training():
     with eah.enable(model, threshold=0.0) as handle:
         model.train()
         model(**inputs)
-        assert handle.report().layers[0].stood_aside == swap.DROPOUT
+        assert handle.report().layers[0].stood_aside == Reason.DROPOUT.value
         model.eval()
         model(**inputs)
         assert handle.report().layers[0].stood_aside is None
@@ -88,20 +91,20 @@ def test_packed_sequences():
     inputs = prompt("llava", ["abIcdefghi"])
     del inputs["attention_mask"]
     restarting = (torch.arange(inputs["input_ids"].shape[1]) % 12)[None]
-    stands_aside(build("llava"), image_tokens.PACKED, **inputs, position_ids=restarting, use_cache=False)
+    stands_aside(build("llava"), Reason.PACKED.value, **inputs, position_ids=restarting, use_cache=False)
 
 
 def test_mask_of_an_unknown_form():
     mask = torch.ones(1, 1, 1, 19, dtype=torch.bool)
     inputs = prompt("llava", ["abIcdefghi"])
-    stands_aside(build("llava"), swap.MASK_FORM, **{**inputs, "attention_mask": mask[..., :18]})
+    stands_aside(build("llava"), Reason.MASK_FORM.value, **{**inputs, "attention_mask": mask[..., :18]})
 
 
 def test_some_heads_only():
     """The best head of one process is not the layer's best; test_parallel.py has weights that say whose it is."""
     model, inputs = build("llava"), prompt("llava", ROWS)
     model.get_decoder().config.num_attention_heads = 8
-    stands_aside(model, swap.SOME_HEADS, **inputs)
+    stands_aside(model, Reason.SOME_HEADS.value, **inputs)
 
 
 def test_image_features_merged_by_the_caller():
@@ -110,7 +113,7 @@ def test_image_features_merged_by_the_caller():
     embeds = torch.randn(*inputs["input_ids"].shape, 32)
     with torch.no_grad(), eah.enable(model, threshold=0.0) as handle:
         model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
-    assert [row.why_none for row in handle.report().layers[0].rows] == [report.NO_PLACEHOLDER] * 2
+    assert [row.why_none for row in handle.report().layers[0].rows] == [Reason.NO_PLACEHOLDER.value] * 2
 
 
 def test_the_decoder_called_by_itself():
@@ -121,10 +124,10 @@ def test_the_decoder_called_by_itself():
         plain = decoder(inputs_embeds=embeds).last_hidden_state
         with eah.enable(model, threshold=0.0) as handle:
             assert torch.equal(decoder(inputs_embeds=embeds).last_hidden_state, plain)
-            assert handle.report().layers[0].stood_aside == swap.NO_IMAGE_MASK
-            other = image_tokens.Prefill(image_mask=torch.ones(2, 3, dtype=torch.bool))
-            assert torch.equal(decoder(inputs_embeds=embeds, eah_prefill=other).last_hidden_state, plain)
-            assert handle.report().layers[0].stood_aside == swap.UNALIGNED
+            assert handle.report().layers[0].stood_aside == Reason.NO_IMAGE_MASK.value
+            other = Prompt(image_mask=torch.ones(2, 3, dtype=torch.bool))
+            assert torch.equal(decoder(inputs_embeds=embeds, eah_prompt=other).last_hidden_state, plain)
+            assert handle.report().layers[0].stood_aside == Reason.UNALIGNED.value
 
 
 def test_arguments_by_position():
@@ -134,7 +137,7 @@ def test_arguments_by_position():
         plain = model.model(*arguments).last_hidden_state
         with eah.enable(model, threshold=0.0) as handle:
             assert torch.equal(model.model(*arguments).last_hidden_state, plain)
-            assert handle.report().layers[0].stood_aside == image_tokens.BY_POSITION
+            assert handle.report().layers[0].stood_aside == Reason.BY_POSITION.value
             model.model(inputs["input_ids"], pixel_values=inputs["pixel_values"])
             assert handle.report().layers[0].stood_aside is None
 
@@ -161,11 +164,11 @@ def test_a_second_turn_on_a_cache(cache):
             before, kept = turns()
         report = handle.report().layers[0]
         assert report.rows and before.head.tolist() == [report.rows[0].head]
-        assert report.stood_aside is None and report.afterwards == image_tokens.CACHED
-        assert image_tokens.CACHED in str(handle.report())
+        assert report.stood_aside is None and report.afterwards == Reason.CACHED.value
+        assert Reason.CACHED.value in str(handle.report())
         with eah.enable(model, threshold=0.0) as handle:
             model(input_ids=tokens, past_key_values=kept)
-        assert handle.report().layers[0] == eah.LayerReport(1, stood_aside=image_tokens.CACHED)
+        assert handle.report().layers[0] == eah.LayerReport(1, stood_aside=Reason.CACHED.value)
 
 
 @pytest.mark.seam
@@ -184,7 +187,7 @@ def test_a_prompt_in_chunks(cache):
         assert torch.equal(whole, model.generate(**inputs, **options))
         assert len(handle.history) == 3
     assert torch.equal(got, plain) and not torch.equal(whole, plain)
-    assert report == eah.LayerReport(1, stood_aside=image_tokens.CHUNKED, afterwards=image_tokens.CACHED)
+    assert report == eah.LayerReport(1, stood_aside=Reason.CHUNKED.value, afterwards=Reason.CACHED.value)
 
 
 def test_chunks_of_one_thread_and_whole_prompts_of_others():
@@ -200,9 +203,9 @@ def test_chunks_of_one_thread_and_whole_prompts_of_others():
 
     with eah.enable(model, threshold=0.0) as handle, ThreadPoolExecutor(1) as pool:
         with handle._enabled.chunked():
-            assert stood_aside(model) == image_tokens.CHUNKED
+            assert stood_aside(model) == Reason.CHUNKED.value
             assert pool.submit(stood_aside, model).result() is None
-            assert stood_aside(compiled) == image_tokens.CHUNKED
+            assert stood_aside(compiled) == Reason.CHUNKED.value
         assert stood_aside(model) is None
         assert stood_aside(compiled) is None
 
@@ -218,10 +221,10 @@ def test_what_cannot_be_read_while_compiling():
         compiled = torch.compile(model, backend="eager")
         with eah.enable(model, threshold=0.0) as handle:
             compiled(**inputs, past_key_values=cache)
-            assert handle.report().layers[0].stood_aside == image_tokens.UNREADABLE_CACHE
+            assert handle.report().layers[0].stood_aside == Reason.UNREADABLE_CACHE.value
             positions = torch.arange(inputs["input_ids"].shape[1])[None]
             compiled(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False)
-            assert handle.report().layers[0].stood_aside == image_tokens.UNREADABLE_POSITIONS
+            assert handle.report().layers[0].stood_aside == Reason.UNREADABLE_POSITIONS.value
 
 
 def test_one_token_is_left_alone():

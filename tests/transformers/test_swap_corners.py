@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import eah
-from eah import image_tokens, swap
-from eah.chunked_prefill import ChunkedPrefill
+from eah.reasons import Reason
+from eah.transformers.chunked_prefill import ChunkedPrefill
+from eah.transformers.layer import SwappedLayer
 
 from ..support.family_models import build as build_family
 from ..support.family_models import prompt as family_prompt
@@ -88,7 +89,7 @@ def test_standing_aside_is_said_once():
     with eah.enable(model, layers=(0, 1)):
         (message,) = said(run)
         assert message.startswith(
-            f"EAH stood aside in layer 0, which kept its ordinary attention: {image_tokens.PACKED}"
+            f"EAH stood aside in layer 0, which kept its ordinary attention: {Reason.PACKED.value}"
         )
         assert said(run) == []
         assert said(lambda: run(copy.deepcopy(model))) == []
@@ -106,7 +107,7 @@ def test_compiled_code_says_nothing_and_reports():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad(), eah.enable(model) as handle:
         assert said(lambda: compiled(**packed(inputs), use_cache=False)) == []
-        assert handle.report().layers[0].stood_aside == image_tokens.UNREADABLE_POSITIONS
+        assert handle.report().layers[0].stood_aside == Reason.UNREADABLE_POSITIONS.value
 
 
 def test_a_model_that_shares_an_enabled_decoder_is_refused():
@@ -132,7 +133,7 @@ def test_an_enable_that_fails_half_way_leaves_nothing(monkeypatch, decode):
     model, done = build("llava"), 0
     before = state(model)
     places = [(torch.nn.Module, "register_forward_pre_hook", False)]
-    places += [(cls, "attach", after) for cls in (swap.SwappedLayer, ChunkedPrefill) for after in (False, True)]
+    places += [(cls, "attach", after) for cls in (SwappedLayer, ChunkedPrefill) for after in (False, True)]
     for place in places:
         for step in range(4):
             done += fails(monkeypatch, *place, step, lambda: eah.enable(model, (0, 1), decode=decode))
@@ -254,10 +255,10 @@ def test_positions_that_do_not_count_up(attn, positions):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             assert handle.report().layers[0].rows[0].head == oracle.head[1].item()
         model(**ids, use_cache=False)
-        assert handle.report().layers[0].stood_aside == image_tokens.PACKED
+        assert handle.report().layers[0].stood_aside == Reason.PACKED.value
         model.config.text_config.use_cache = False
         model(**ids)
-        assert handle.report().layers[0].stood_aside == image_tokens.PACKED
+        assert handle.report().layers[0].stood_aside == Reason.PACKED.value
 
 
 @pytest.mark.seam

@@ -11,31 +11,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PREFILL = "eah_prefill"  # the keyword that carries a `Prefill` down to the attention layers
+from eah.reasons import Reason
 
-BY_POSITION = "arguments after input_ids were passed to the base model by position; pass them by name"
-CACHED = "tokens were in the cache before this forward (a second turn, a chunk of a prompt, or drafted tokens)"
-CHUNKED = "the prompt is fed in chunks (prefill_chunk_size), and the head is chosen by all of it"
-PACKED = "the position_ids restart within a row: several packed sequences"
-CONTINUOUS = "continuous batching packs several sequences"
-UNREADABLE_CACHE = "whether the cache is empty cannot be read while compiling or capturing"
-UNREADABLE_POSITIONS = "position_ids without an attention_mask cannot be read for packing while compiling or capturing"
-UNREADABLE_MASK = "an image mask that was given (handle.image_mask) cannot be read while compiling"
+PROMPT = "eah_prompt"  # the keyword that carries what is found here down to the attention layers
 
 
-class Prefill(NamedTuple):
-    """What the attention layers cannot see for themselves. Either `stand_aside` or the rest.
+class Prompt(NamedTuple):
+    """Of a forward that begins a sequence: what the attention layers cannot see for themselves."""
 
-    With CACHED there may be an image_mask (B, cached + S), False for the cached tokens.
-    """
-
-    image_mask: Tensor | None = None  # (B, S) bool
+    image_mask: Tensor  # (B, S) bool
     padding_mask: Tensor | None = None  # (B, S) bool, True = real token; None without one
     own_mask: bool = False  # the caller passed finished attention masks (4-D, or one per layer type)
     has_cache: bool = False  # keys may be longer than S: a static cache
     by_embedding: bool = False  # image tokens were looked for among embeddings, without ids
-    without_cache: str | None = None  # why to stand aside where the model makes no cache of its own
-    stand_aside: str | None = None
+    without_cache: Reason | None = None  # why to stand aside where the model makes no cache of its own
+
+
+class Continued(NamedTuple):
+    """Of a forward of several tokens on a cache. image_mask (B, cached + S) bool, False for the cached tokens, where
+    the layers want it."""
+
+    image_mask: Tensor | None = None
+
+
+class Aside(NamedTuple):
+    """Of a forward that every layer leaves alone."""
+
+    reason: Reason
 
 
 def cache_in(kwargs):
@@ -47,7 +49,7 @@ def cache_in(kwargs):
 
 
 class ImageTokens:
-    """Forward pre-hook (with kwargs) of the base model: adds a `Prefill` to the keyword arguments of its layers.
+    """Forward pre-hook (with kwargs) of the base model: tells its layers, by a keyword argument, what they are to know.
 
     Threads may share the model: what a call needs travels with the call, and a given mask belongs to a thread.
     """
@@ -62,16 +64,16 @@ class ImageTokens:
         self.chunking: set[int] = set()  # the threads that feed a prompt in chunks
 
     def __call__(self, base, args, kwargs):
-        if PREFILL in kwargs:  # an outer model's hook came first
+        if PROMPT in kwargs:  # an outer model's hook came first
             return None
         ids_by_position = len(args) == 1 and self.ids_first
         input_ids = args[0] if ids_by_position else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if args and not ids_by_position:
-            return args, {**kwargs, PREFILL: Prefill(stand_aside=BY_POSITION)}
+            return args, {**kwargs, PROMPT: Aside(Reason.BY_POSITION)}
         if tokens is None or tokens.shape[1] <= 1:
             return None
-        return args, {**kwargs, PREFILL: self.describe(base, input_ids, tokens, kwargs)}
+        return args, {**kwargs, PROMPT: self.describe(base, input_ids, tokens, kwargs)}
 
     @contextmanager
     def given(self, mask: Tensor) -> Iterator[None]:
@@ -96,27 +98,27 @@ class ImageTokens:
         finally:
             self.chunking.remove(get_ident())
 
-    def describe(self, base, input_ids, tokens, kwargs) -> Prefill:
+    def describe(self, base, input_ids, tokens, kwargs) -> Prompt | Continued | Aside:
         mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
         if cache is not None and not hasattr(cache, "get_seq_length"):
-            return Prefill(stand_aside=CONTINUOUS)
+            return Aside(Reason.CONTINUOUS)
         cached = _tokens_in(cache, self.layer)
-        reason = UNREADABLE_CACHE if cached is None else CACHED if cached else None
-        if reason is None and self.chunking and (torch.compiler.is_compiling() or get_ident() in self.chunking):
-            reason = CHUNKED
-        without_cache = None
-        if reason is None and mask is None and cache is None:
-            without_cache = _why_not_one_sequence(kwargs.get("position_ids"))
-        wanted = reason is None or (reason == CACHED and self.later)
-        if wanted and self.given_masks and torch.compiler.is_compiling():
-            reason = UNREADABLE_MASK
-        if reason == CACHED and self.later:
-            return Prefill(self.find(base, input_ids, tokens, kwargs, cached), stand_aside=CACHED)
-        if reason is not None:
-            return Prefill(stand_aside=reason)
+        if cached is None:
+            return Aside(Reason.UNREADABLE_CACHE)
+        if cached and not self.later:
+            return Continued()
+        if not cached and self.chunking and (torch.compiler.is_compiling() or get_ident() in self.chunking):
+            return Aside(Reason.CHUNKED)
+        one_sequence = cached or mask is not None or cache is not None
+        without_cache = None if one_sequence else _why_not_one_sequence(kwargs.get("position_ids"))
+        if self.given_masks and torch.compiler.is_compiling():
+            return Aside(Reason.UNREADABLE_MASK)
+        image_mask = self.find(base, input_ids, tokens, kwargs, cached)
+        if cached:
+            return Continued(image_mask)
         padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        return Prefill(
-            image_mask=self.find(base, input_ids, tokens, kwargs),
+        return Prompt(
+            image_mask=image_mask,
             padding_mask=padding,
             own_mask=mask is not None and padding is None,
             has_cache=cache is not None,
@@ -143,16 +145,19 @@ class ImageTokens:
         if self.position_mask is not None:
             mask = kwargs.get(self.position_mask)
             return tokens.new_zeros(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        found = None
-        for token in self.token_ids:
-            if input_ids is not None:
-                here = input_ids == token
-            else:
-                with torch.no_grad():
-                    placeholder = base.get_input_embeddings()(torch.full((), token, device=tokens.device))
-                here = (tokens == placeholder).all(-1)
-            found = here if found is None else found | here
+        first, *others = self.token_ids
+        found = _placeholder(base, input_ids, tokens, first)
+        for token in others:
+            found = found | _placeholder(base, input_ids, tokens, token)
         return found
+
+
+def _placeholder(base, input_ids, tokens, token: int) -> Tensor:
+    if input_ids is not None:
+        return input_ids == token
+    with torch.no_grad():
+        placeholder = base.get_input_embeddings()(torch.full((), token, device=tokens.device))
+    return (tokens == placeholder).all(-1)
 
 
 def _fitted(mask: Tensor, batch: int, length: int) -> Tensor:
@@ -170,11 +175,11 @@ def _tokens_in(cache, layer: int) -> int | None:
         return 0
     seen = cache.get_seq_length(layer)
     if isinstance(seen, Tensor):  # an initialised static cache counts on the device: one read per prefill
-        return seen.item() if _readable() else None
+        return int(seen.item()) if _readable() else None
     return seen
 
 
-def _why_not_one_sequence(position_ids) -> str | None:
+def _why_not_one_sequence(position_ids) -> Reason | None:
     """Without mask and cache, transformers takes position_ids that do not count up as packed sequences.
 
     Whether the decoder makes a cache (use_cache) is seen by its layers only.
@@ -186,8 +191,8 @@ def _why_not_one_sequence(position_ids) -> str | None:
             return None
         position_ids = position_ids[0]
     if not _readable():
-        return UNREADABLE_POSITIONS
-    return PACKED if (position_ids.diff(dim=-1) != 1).any().item() else None
+        return Reason.UNREADABLE_POSITIONS
+    return Reason.PACKED if (position_ids.diff(dim=-1) != 1).any().item() else None
 
 
 def _readable() -> bool:

@@ -9,7 +9,7 @@ import inspect
 
 import torch
 
-from eah.stand_in import StandIn
+from eah.transformers.stand_in import StandIn
 
 UNKNOWN = (
     "generate() must be given input_ids, inputs_embeds or pixel_values as tensors, which tell where the image tokens "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 
-from eah.stand_in import StandIn
+from eah.transformers.stand_in import StandIn
 
 
 class ChunkedPrefill(StandIn):

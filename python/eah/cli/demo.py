@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import eah
-from eah.doctor import why_no_enable, why_not
-from eah_kernels import EAHResult, eah_attention
+from eah.cli.doctor import why_not
+from eah.cli.messages import progress
+from eah.cli.samples import layer_inputs, load_picture, small_llava
+from eah_kernels import BACKENDS, EAHResult, eah_attention
 from eah_kernels.testing import agrees, largest_error
 
 PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 NEW_TOKENS = 12
-BACKENDS = ("torch", "native", "triton")
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS, SECONDS = 2, 5, 25, 5.0  # of the timing; the first rounds are not counted
 STEADY = 2.0  # slowest over fastest round beyond which no ratio is told
-IMAGE_SIZE, PATCH = 336, 14  # LLaVA-1.5's: 576 image tokens
 
 
 def demo(image_file: str | None = None) -> dict:
@@ -45,7 +45,7 @@ def demo(image_file: str | None = None) -> dict:
         enhanced = model.generate(**inputs, **options)[0, length:]
         report = handle.report()
     progress("comparing the backends with the reference")
-    agreement = {backend: compare(backend, device) for backend in BACKENDS}
+    agreement = {backend: compare(backend, device) for backend in BACKENDS if backend not in ("auto", "reference")}
     progress("timing one attention layer of LLaVA-1.5's size")
     usable = [backend for backend, found in agreement.items() if "unavailable" not in found]
     return {
@@ -98,117 +98,14 @@ def print_demo(results: dict) -> None:
         print(f"No ratio where rounds differ by more than {STEADY:g}x: the machine is busy, try again when it is not.")
 
 
-def load_picture(image_file: str | None):
-    """A PIL image in RGB, and its name."""
-    try:
-        from PIL import Image, ImageOps
-    except ModuleNotFoundError as missing:
-        raise ImportError("reading a picture needs Pillow: pip install pillow") from missing
-    if image_file is not None:
-        try:
-            return ImageOps.exif_transpose(Image.open(image_file)).convert("RGB"), image_file
-        except FileNotFoundError as missing:
-            raise ValueError(f"there is no picture {image_file}") from missing
-        except OSError as error:
-            raise ValueError(f"{image_file} is no picture that can be read: {error}") from error
-    try:
-        from matplotlib.cbook import get_sample_data
-    except ModuleNotFoundError as missing:
-        raise ImportError(
-            "the demo's picture comes with matplotlib: pip install matplotlib, or name another picture with --image"
-        ) from missing
-    with get_sample_data("grace_hopper.jpg") as file:
-        return Image.open(file).convert("RGB"), "grace_hopper.jpg (from matplotlib)"
-
-
-def small_llava():
-    """A LLaVA of LLaVA-1.5's form (CLIP at 336 pixels, Llama) with 4 narrow layers, and a processor for it.
-
-    The weights are random. Query and key projections are drawn wider for later heads, so that the heads' maps differ in
-    sharpness, as those of a trained model do.
-    """
-    problem = why_no_enable()
-    if problem:
-        raise ImportError(problem)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    tokenizer = byte_tokenizer()
-    processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        ),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for layer in model.get_decoder().layers:
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                heads = projection.weight.unflatten(0, (8, -1))
-                heads.normal_().mul_(torch.linspace(0.02, 0.12, 8)[:, None, None])
-    return processor, model
-
-
-def byte_tokenizer():
-    """Every byte a token, and LLaVA's special tokens: a tokenizer that needs no vocabulary file."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = ["<s>", "</s>", "<pad>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-    )
-
-
-def layer_inputs(device: str, dtype: torch.dtype, length: int = 648, heads: int = 32) -> tuple[Tensor, ...]:
-    """Query, key, value (1, heads, length, 128) and the mask of an image from token 35 on, as in LLaVA-1.5's prompt."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, length, 128, generator=generator) for _ in range(3))
-    query *= torch.linspace(0.5, 2, heads)[:, None, None]
-    image_mask = torch.zeros(1, length, dtype=torch.bool)
-    image_mask[:, 35 : length * 611 // 648] = True
-    return *(t.to(device, dtype) for t in (query, key, value)), image_mask.to(device)
-
-
 @torch.no_grad()
 def compare(backend: str, device: str) -> dict:
     """A backend against the reference on one layer of 200 tokens and 8 heads."""
-    inputs = *tensors, image_mask = layer_inputs(device, torch.float32, 200, 8)
+    query, key, value, image_mask = inputs = layer_inputs(device, torch.float32, 200, 8)
     plain = eah_attention(*inputs, threshold=0.006, backend="reference")
-    exact = eah_attention(*(t.double() for t in tensors), image_mask, threshold=0.006, backend="reference")
+    exact = eah_attention(
+        query.double(), key.double(), value.double(), image_mask, threshold=0.006, backend="reference"
+    )
     try:
         result = eah_attention(*inputs, threshold=0.006, backend=backend)
     except ValueError as error:
@@ -231,7 +128,7 @@ def time_layer(backends: list[str], device: str) -> dict:
     query, key, value, image_mask = layer_inputs(device, dtype)
     if device == "cpu" and "triton" in backends:
         backends = [name for name in backends if name != "triton"]  # the interpreter's speed says nothing
-    contestants = {
+    contestants: dict[str, Callable] = {
         "plain SDPA": partial(F.scaled_dot_product_attention, query, key, value, is_causal=True),
         "EAH, as published": partial(published, query, key, value, image_mask, 0.002),
     }
@@ -240,7 +137,7 @@ def time_layer(backends: list[str], device: str) -> dict:
             eah_attention, query, key, value, image_mask, threshold=0.002, backend=name
         )
     calls = 20 if device == "cuda" else 1  # in a round: the clock is read around many short launches
-    times = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     begin = time.perf_counter()
     for number in range(WARM_UP + MAX_ROUNDS):
         if number >= WARM_UP + MIN_ROUNDS and time.perf_counter() - begin > SECONDS:
@@ -301,9 +198,3 @@ def published(query: Tensor, key: Tensor, value: Tensor, image_mask: Tensor, thr
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def progress(message: str) -> None:
-    """What is being done, on a terminal's stderr."""
-    if sys.stderr.isatty():
-        print(f"... {message}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import platform
 import torch
 from torch.torch_version import TorchVersion
 
+from eah.cli.messages import one_line
 from eah_kernels import BACKENDS, __version__, eah_attention, native_parts
 from eah_kernels.testing import agrees
 
@@ -19,7 +20,7 @@ def doctor() -> dict:
     """Versions of what EAH uses (None = not installed) and devices; why `eah.enable`, a part of the native extension,
     or a backend on a device, does not work, or None."""
     named = [name for name in BACKENDS if name != "auto"]
-    versions = {"eah-kernels": __version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"eah-kernels": __version__, "python": platform.python_version()}
     versions |= {name: installed(name) for name in PACKAGES}
     capability = torch.backends.cpu.get_cpu_capability()
     devices = {"cpu": f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"}
@@ -96,9 +97,3 @@ def why_no_backend(backend: str, device: str) -> str | None:
 def why_not(error: Exception, backend: str) -> str:
     """What `eah_attention` says of a backend that cannot be used, where the backend is named already."""
     return one_line(error).removeprefix(f'backend="{backend}" cannot be used: ')
-
-
-def one_line(error: BaseException, limit: int = 500) -> str:
-    """An error's message without line breaks, cut where it runs on for pages."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]} [...]"

@@ -6,12 +6,14 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import eah
-from eah.demo import load_picture, progress
-from eah.doctor import one_line, why_no_enable
+from eah.cli.doctor import why_no_enable
+from eah.cli.messages import one_line, progress
+from eah.cli.samples import load_picture
 from eah_kernels import eah_attention
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -55,9 +57,10 @@ def generate(
     progress(f"loading {model_id}")
     processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             model_id, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
-        ).to(device)
+        )
+        model.to(device)
     except SafetensorError as error:
         raise ValueError(f"the weights of {model_id} cannot be read: {error}") from error
     inputs = prepare(processor, picture, prompt).to(device, model.dtype)
