@@ -7,7 +7,8 @@ import torch
 
 import eah
 
-from ..support.tiny_models import IMAGE, Oracle, build, prompt
+from ..support.oracle import Oracle
+from ..support.tiny_models import IMAGE, build, prompt
 from ..transformers.test_decode import STEPS, tuned
 
 transformers = pytest.importorskip("transformers")

@@ -1,14 +1,10 @@
-"""Tiny vision-language models with random weights, prompts for them, and an independent EAH oracle."""
+"""Tiny vision-language models with random weights, and prompts for them."""
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import torch
-
-from eah_kernels import reference
-from eah_kernels.masks import Scoring
 
 FAMILIES = ("llava", "qwen2_5_vl", "internvl")
 PAD, VISION_START, VISION_END, VIDEO, IMAGE, VOCAB = 0, 92, 93, 94, 95, 96
@@ -122,74 +118,3 @@ def rotated(attention, query, key, position_embeddings):
         return modeling.apply_rotary_pos_emb(query, key, *position_embeddings)
     sections = attention.config.rope_parameters["mrope_section"]  # Qwen2.5-VL until transformers 5.4 or so
     return modeling.apply_multimodal_rotary_pos_emb(query, key, *position_embeddings, sections)
-
-
-class Oracle:
-    """A deep copy of the model, eager, whose layers compute `eah_kernels.reference` on the mask that arrives.
-
-    They do so in a forward of several tokens on an empty cache. `image_mask` (B, S) is the caller's. The column means
-    seen are kept, so that a test can choose a threshold at which rounding decides nothing.
-    """
-
-    def __init__(self, model, image_mask, layers=(1,), threshold=0.002, min_density=0.0, number=None):
-        self.model = copy.deepcopy(model)
-        self.model.set_attn_implementation("eager")
-        self.image_mask, self.threshold, self.min_density, self.number = image_mask, threshold, min_density, number
-        self.head, self.counts, self.means = {}, {}, {}
-        for layer in layers:
-            attention = attention_of(self.model, layer)
-            attention.forward = self._forward(attention, attention.forward)
-
-    def __call__(self, **inputs):
-        with torch.no_grad():
-            return self.model(**inputs).logits
-
-    def _forward(self, attention, ordinary):
-        def forward(hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
-            batch, q_len, _ = hidden_states.shape
-            cache = cache_in(kwargs)
-            cached = cache is not None and cache.get_seq_length(attention.layer_idx)
-            if q_len == 1 or cached:
-                return ordinary(
-                    hidden_states=hidden_states,
-                    position_embeddings=position_embeddings,
-                    attention_mask=attention_mask,
-                    **kwargs,
-                )
-            shape = (batch, q_len, -1, attention.head_dim)
-            q, k, v = (
-                projection(hidden_states).view(shape).transpose(1, 2)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            q, k = rotated(attention, q, k, position_embeddings)
-            if cache is not None:
-                k, v = cache.update(k, v, attention.layer_idx)
-            image = self.image_mask.repeat_interleave(batch // len(self.image_mask), 0)
-            image = torch.nn.functional.pad(image, (0, q_len - image.shape[1]))
-            softcap = getattr(attention, "attn_logit_softcapping", None)
-            scoring = Scoring(attention_mask, False, attention.scaling, softcap=softcap)
-            output, head, counts = reference.eah_attention(
-                q, k, v, image, self.threshold, self.min_density, scoring, torch.float32, self.number
-            )
-            self.head[attention.layer_idx], self.counts[attention.layer_idx] = head, counts
-            self.means[attention.layer_idx] = reference.sink_statistics(q, k, image, 0.0, scoring)[2].masked_fill(
-                ~image[:, None], torch.nan
-            )
-            return attention.o_proj(output.transpose(1, 2).reshape(batch, q_len, -1)), None
-
-        return forward
-
-    def tune(self, inputs, layer: int = 1) -> None:
-        """Sets a threshold that no column mean is near, at which one head wins, and not always head 0."""
-        self(**inputs)
-        means = self.means[layer]
-        with_image = self.image_mask.any(-1)
-        for threshold in torch.linspace(0.02, 0.3, 141).tolist():
-            counts = (means > threshold).sum(-1)[with_image]
-            best = counts.sort(-1, descending=True).values
-            clear = (means - threshold).abs().nan_to_num(1.0).min() > 5e-4
-            if clear and (best[:, 0] > best[:, 1]).all() and (counts.argmax(-1) > 0).any():
-                self.threshold = threshold
-                self(**inputs)
-                return
-        raise AssertionError("no threshold separates the heads of this model: choose another seed")

@@ -13,7 +13,8 @@ from eah.transformers.forward import FLASH
 from eah.transformers.layer import attention_forward
 from eah_kernels.masks import Scoring
 
-from ..support.tiny_models import IMAGE, Oracle, attention_of, build, prompt
+from ..support.oracle import Oracle
+from ..support.tiny_models import IMAGE, attention_of, build, prompt
 from .test_decode import STEPS, cache_of, feed
 from .test_decode import tuned as decode_tuned
 

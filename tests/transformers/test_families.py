@@ -52,8 +52,8 @@ build_once = functools.cache(build)
 
 
 def oracle_for(family, model, inputs):
-    oracle = Oracle(model, lambda twin: attention_of(twin, TINY[family].layer), inputs["input_ids"] == IMAGE)
-    oracle.tune(inputs)
+    oracle = Oracle(model, inputs["input_ids"] == IMAGE, layers=(TINY[family].layer,))
+    oracle.tune(inputs, TINY[family].layer)
     return oracle
 
 
@@ -79,7 +79,9 @@ def test_logits(family):
         report = handle.report().layers[0]
         assert report.layer == TINY[family].layer
         assert [row.image_tokens for row in report.rows] == oracle.image_mask.sum(-1).tolist(), case
-        assert [-1 if row.head is None else row.head for row in report.rows] == oracle.head.tolist(), case
+        assert [-1 if row.head is None else row.head for row in report.rows] == oracle.head[
+            TINY[family].layer
+        ].tolist(), case
         assert torch.equal(logits(model, **inputs), plain), case
 
 
@@ -93,7 +95,7 @@ def test_generation(family):
     with eah.enable(model, threshold=oracle.threshold) as handle:
         got = model.generate(**inputs, **options)
     layer = handle.report().layers[0]
-    assert [-1 if row.head is None else row.head for row in layer.rows] == oracle.head.tolist()
+    assert [-1 if row.head is None else row.head for row in layer.rows] == oracle.head[TINY[family].layer].tolist()
     assert layer.afterwards is None
     assert torch.equal(got.sequences, want.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-3, atol=1e-3)
@@ -125,7 +127,7 @@ def test_attention_maps_are_those_used(family):
         with eah.enable(model, threshold=oracle.threshold):
             got = model(**inputs, output_attentions=True)
     want = oracle(**inputs)
-    for row, head in enumerate(oracle.head.tolist()):
+    for row, head in enumerate(oracle.head[TINY[family].layer].tolist()):
         real = inputs["attention_mask"][row].bool()
         torch.testing.assert_close(got.logits[row][real], want[row][real], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(got.attentions[1][row][:, real], plain[row, head][real].expand(4, -1, -1))
@@ -335,10 +337,10 @@ def test_refused_layers(family, changes, layer, reason):
 def test_heads_and_their_dims(family):
     """What is said of the layer before any forward is what its attention then gets."""
     model, inputs = built(family), prompt(family, ["abIc"])
-    oracle = Oracle(model, lambda twin: attention_of(twin, TINY[family].layer), inputs["input_ids"] == IMAGE)
+    oracle = Oracle(model, inputs["input_ids"] == IMAGE, layers=(TINY[family].layer,))
     oracle(**inputs)
     module = attention_of(model, TINY[family].layer)
-    assert (query_heads(module), *head_dims(module)) == oracle.dims
+    assert (query_heads(module), *head_dims(module)) == oracle.dims[TINY[family].layer]
 
 
 def everything(model):

@@ -15,7 +15,8 @@ from eah.reasons import Reason
 
 from ..support.family_models import build as build_family
 from ..support.family_models import prompt as family_prompt
-from ..support.tiny_models import IMAGE, Oracle, attention_of, build, prompt
+from ..support.oracle import Oracle
+from ..support.tiny_models import IMAGE, attention_of, build, prompt
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,8 @@ from eah.reasons import Reason
 
 from ..support.family_models import build as build_family
 from ..support.family_models import prompt as family_prompt
-from ..support.tiny_models import IMAGE, Oracle, build, prompt
+from ..support.oracle import Oracle
+from ..support.tiny_models import IMAGE, build, prompt
 from . import processes
 from .processes import MIXED, SHARES
 

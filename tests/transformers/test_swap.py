@@ -8,7 +8,8 @@ import torch
 import eah
 from eah import method
 
-from ..support.tiny_models import FAMILIES, IMAGE, VIDEO, Oracle, attention_of, build, prompt
+from ..support.oracle import Oracle
+from ..support.tiny_models import FAMILIES, IMAGE, VIDEO, attention_of, build, prompt
 
 pytest.importorskip("transformers")
 

@@ -18,7 +18,8 @@ from eah.transformers.layer import SwappedLayer
 
 from ..support.family_models import build as build_family
 from ..support.family_models import prompt as family_prompt
-from ..support.tiny_models import IMAGE, Oracle, attention_of, build, prompt
+from ..support.oracle import Oracle
+from ..support.tiny_models import IMAGE, attention_of, build, prompt
 from .test_swap_lifecycle import state
 
 transformers = pytest.importorskip("transformers")

@@ -17,7 +17,8 @@ import eah
 from eah.transformers.enable import NEWEST_TESTED
 from eah.transformers.families import FAMILIES as FAMILY_ROWS
 
-from ..support.tiny_models import FAMILIES, IMAGE, TEXT, Oracle, attention_of, build, prompt
+from ..support.oracle import Oracle
+from ..support.tiny_models import FAMILIES, IMAGE, TEXT, attention_of, build, prompt
 
 transformers = pytest.importorskip("transformers")
 
