@@ -322,6 +322,7 @@ def test_doctor(capsys, monkeypatch):
     cpu = findings["backends"]["cpu"]
     assert cpu["reference"] is None and cpu["torch"] is None and cpu["triton"].startswith("it runs on CUDA and ROCm")
     assert "tensors" not in cpu["triton"]
+    assert set(findings["eval"]) == {"nltk", "spacy"}
     assert findings["native"]["cuda"] is None or "not built" in findings["native"]["cuda"]
     text = run(capsys, "doctor")[1]
     assert "eah.enable     works" in text and "  reference    works" in text and "  triton       no: it runs on" in text

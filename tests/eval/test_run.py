@@ -193,7 +193,7 @@ def test_no_space_left(saved_model, tmp_path, capsys, finished):
         status, out, err = run(capsys, saved_model, tmp_path / "out", *one)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert status == 1 and out == "" and "File too large" in err.splitlines()[-1]
+    assert status == 1 and out == "" and "File too large" in err.splitlines()[-1] and ".jsonl" in err
     path = tmp_path / "out/answers/eah-l1-t0.002.random.jsonl"
     there = path.read_bytes()
     assert whole.startswith(there) and there.endswith(b"\n") and 0 < len(there) < len(whole)
@@ -295,6 +295,22 @@ def test_a_picture_that_cannot_be_read(saved_model, tmp_path, capsys):
     assert status == 1 and f"{name} is no picture that can be read" in err.splitlines()[-1]
     [text] = answers(tmp_path / "out").values()
     assert text.count(b"\n") == 4  # the batch before it
+
+
+def test_a_model_without_pictures(saved_model, tmp_path, capsys):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "text")
+    processor_of("llava").tokenizer.save_pretrained(tmp_path / "text")
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    for name, error in (("text", "no processor of pictures and text"), ("empty", "")):
+        status, out, err = run(capsys, saved_model, tmp_path / "out", "--model", tmp_path / name)
+        assert status == 1 and out == "" and err.count("\n") == 1 and error in err, err
+    assert not (tmp_path / "out/answers").exists()
 
 
 def test_an_image_list(saved_model, tmp_path, capsys):

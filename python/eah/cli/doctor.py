@@ -9,16 +9,17 @@ import torch
 from torch.torch_version import TorchVersion
 
 from eah.cli.messages import one_line
+from eah.eval.words import why_no_nltk, why_no_spacy
 from eah_kernels import BACKENDS, __version__, eah_attention, native_parts
 from eah_kernels.testing import agrees
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "pillow", "matplotlib")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "pillow", "matplotlib", "nltk", "spacy")
 OLDEST_TRANSFORMERS = "5.3"
 
 
 def doctor() -> dict:
-    """Versions of what EAH uses (None = not installed) and devices; why `eah.enable`, a part of the native extension,
-    or a backend on a device, does not work, or None."""
+    """Versions of what EAH uses (None = not installed) and devices; why `eah.enable`, the word rules of `eah eval`,
+    a part of the native extension, or a backend on a device, does not work, or None."""
     named = [name for name in BACKENDS if name != "auto"]
     versions: dict[str, str | None] = {"eah-kernels": __version__, "python": platform.python_version()}
     versions |= {name: installed(name) for name in PACKAGES}
@@ -30,6 +31,7 @@ def doctor() -> dict:
     return {
         "versions": versions,
         "enable": why_no_enable(),
+        "eval": {"nltk": why_no_nltk(), "spacy": why_no_spacy()},
         "native": native_parts(),
         "devices": devices,
         "backends": {device: {name: why_no_backend(name, device) for name in named} for device in devices},
@@ -40,6 +42,9 @@ def print_doctor(findings: dict) -> None:
     for name, version in findings["versions"].items():
         print(f"{name:14} {version or 'not installed'}")
     print(f"\neah.enable     {works(findings['enable'])}")
+    print("\nword rules of eah eval")
+    for part, problem in findings["eval"].items():
+        print(f"  {part:12} {works(problem)}")
     print("\nnative extension")
     for part, problem in findings["native"].items():
         built = "built, not yet measured" if part == "cuda" else "built"

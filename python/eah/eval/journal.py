@@ -47,9 +47,9 @@ class Journal:
             try:
                 _write(file, "".join(map(line, records)).encode())
                 os.fsync(file)
-            except OSError:
+            except OSError as error:
                 os.ftruncate(file, length)
-                raise
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
         finally:
             os.close(file)
         if new:

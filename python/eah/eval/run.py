@@ -138,7 +138,7 @@ def answer(model, prompts: Prompts, config, todo: list[Task], images: str, batch
             unit=" answers",
             file=sys.stderr,
             mininterval=0.5 if tty else 60,
-            bar_format=None if tty else "{desc}: {n_fmt} of {total_fmt} answers, {rate_fmt}, {remaining} left\n",
+            bar_format=None if tty else "{desc}{n_fmt} of {total_fmt} answers, {rate_fmt}, {remaining} left\n",
         ) as progress,
     ):
         for task, journal in zip(todo, journals, strict=True):

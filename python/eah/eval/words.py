@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -88,6 +89,14 @@ def why_no_nltk() -> str | None:
         return 'the nltk word rules need nltk: pip install "eah-kernels[eval]"'
     missing = [name for name, where in NLTK_DATA.items() if _found(nltk, where) is None]
     return f"nltk's data are missing: python -m nltk.downloader {' '.join(missing)}" if missing else None
+
+
+def why_no_spacy(model: str = "en_core_web_lg") -> str | None:
+    """Why AMBER's similarity of words cannot be had from spaCy here, and what to fetch; or None."""
+    if importlib.util.find_spec("spacy") is None:
+        return 'the similarity of words needs spaCy: pip install "eah-kernels[eval]"'
+    missing = importlib.util.find_spec(model) is None
+    return f"spaCy has no model {model}: python -m spacy download {model}" if missing else None
 
 
 def _found(nltk, where: str) -> Path | None:
