@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eah.eval import yes_no
-from eah.eval.benchmark import Item, Judged, f1, ratio
+from eah.eval.benchmark import Benchmark, Item, Judged, f1, ratio
 from eah.eval.files import by_key, field, read_json, read_records, read_text
 from eah.eval.vectors import similarity_of
 from eah.eval.words import words_of
@@ -30,7 +30,7 @@ SUMS = ("n", "correct", "said_no", "is_no", "hit")  # no is the positive class
 SIMILAR = 0.8
 
 
-class Amber:
+class Amber(Benchmark):
     """data: the official data folder."""
 
     name = "amber"
@@ -65,7 +65,7 @@ class Amber:
         names = ("annotations.json", "relation.json", "safe_words.txt")
         self.files = [*(self.folder / name for name in names), *queries]
 
-    def _annotations(self) -> dict[int, dict]:
+    def _annotations(self) -> dict[int | str, dict]:
         path = self.folder / "annotations.json"
         numbered = list(enumerate(read_records(path), 1))
         for number, record in numbered:
@@ -92,7 +92,7 @@ class Amber:
         by_key(((item.id, item) for item in items), self.folder / "query", "id")
         return items
 
-    def _kind(self, id: int) -> str | None:
+    def _kind(self, id: int | str) -> str | None:
         return KINDS.get(self.annotations[id]["type"])
 
     def judge(self, item: Item, answer: str) -> Judged:
@@ -189,7 +189,7 @@ def first(entries: list[tuple[str, int]], matches) -> set[int]:
     return next(({at} for entry, at in entries if matches(entry)), set())
 
 
-def _sums(prefix: str, said: str | None, truth: str) -> dict[str, int]:
+def _sums(prefix: str, said: str | None, truth: str | None) -> dict[str, int]:
     values = (1, said == truth, said == "no", truth == "no", said == truth == "no")
     return {f"{prefix}_{name}": int(value) for name, value in zip(SUMS, values, strict=True)}
 

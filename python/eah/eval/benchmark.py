@@ -48,7 +48,7 @@ class Benchmark(Protocol):
 
     def judge(self, item: Item, answer: str) -> Judged: ...
 
-    def metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def metrics(self, sums: Mapping[str, int | np.ndarray]) -> dict[str, np.ndarray]:
         """Every metric from the sums over answers, elementwise; NaN where it is undefined."""
 
     def official(self, sums: Mapping[str, float]) -> dict | None:

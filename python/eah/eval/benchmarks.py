@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from eah.eval.benchmark import Benchmark
 
@@ -19,7 +20,7 @@ class Scoring:
     prompt: str | None = None
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, str | None]] = {
     "pope": {"yes_no": "official"},
     "chair": {"words": "nltk", "unfinished": "keep", "synonyms": None, "prompt": None},
     "amber": {"words": "nltk", "yes_no": "first-word", "vectors": "spacy:en_core_web_lg"},
@@ -41,10 +42,10 @@ def load(name: str, data: list[str], scoring: Scoring) -> tuple[Benchmark, dict]
             raise ValueError(f"--{option.replace('_', '-')} has no meaning for {name}")
         options[option] = value
     benchmark = _construct(name, data, options)
-    settings = {option: value for option, value in options.items() if option != "prompt"}
-    if "words" in settings:
-        settings["words"] = benchmark.words.name
-        settings["words_data"] = benchmark.words.about
+    settings: dict[str, Any] = {option: value for option, value in options.items() if option != "prompt"}
+    words = getattr(benchmark, "words", None)
+    if words is not None:
+        settings |= {"words": words.name, "words_data": words.about}
     return benchmark, settings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from eah.eval.benchmark import Item, Judged, ratio
+from eah.eval.benchmark import Benchmark, Item, Judged, ratio
 from eah.eval.files import read_json, read_text
 from eah.eval.words import words_of
 
@@ -49,7 +49,7 @@ MERGED = {
 }
 
 
-class Chair:
+class Chair(Benchmark):
     """data: a folder with COCO's instances and captions, of val2014 and, where present, train2014.
 
     unfinished: "keep", or "drop" to cut a caption after its last full stop.
@@ -82,7 +82,7 @@ class Chair:
         self.files = [table, *(path for path, _ in (*self._instances, *self._captions))]
         images = {image["id"]: image["file_name"] for _, content in self._instances for image in content["images"]}
         self.parts = {"all": [Item(id, file, prompt or PROMPT) for id, file in images.items()]}
-        self._truth: dict[int, frozenset[str]] = {}
+        self._truth: dict[int | str, frozenset[str]] = {}
 
     def _file(self, kind: str, split: str) -> Path:
         return self.folder / f"{kind}_{split}.json"
@@ -91,9 +91,9 @@ class Chair:
         return any(self._file(kind, split).exists() for kind in ("instances", "captions"))
 
     @cached_property
-    def _segmented(self) -> dict[int, set[str]]:
+    def _segmented(self) -> dict[int | str, set[str]]:
         """The objects of each image by its instances."""
-        found: dict[int, set[str]] = {}
+        found: dict[int | str, set[str]] = {}
         for path, content in self._instances:
             names = {category["id"]: category["name"] for category in content["categories"]}
             for annotation in content["annotations"]:
@@ -104,15 +104,15 @@ class Chair:
         return found
 
     @cached_property
-    def _described(self) -> dict[int, list[str]]:
+    def _described(self) -> dict[int | str, list[str]]:
         """The human captions of each image."""
-        found: dict[int, list[str]] = {}
+        found: dict[int | str, list[str]] = {}
         for _, content in self._captions:
             for annotation in content["annotations"]:
                 found.setdefault(annotation["image_id"], []).append(annotation["caption"])
         return found
 
-    def truth(self, image: int) -> frozenset[str]:
+    def truth(self, image: int | str) -> frozenset[str]:
         """The objects of an image's instances and of its human captions."""
         if image not in self._truth:
             named = (self.parse(caption)[0] for caption in self._described.get(image, []))

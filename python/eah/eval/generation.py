@@ -142,7 +142,7 @@ def answer_batch(
 
 def chosen_heads(history, batch: int) -> list[dict[str, int | None]]:
     """Of each row the head by layer, in the first prefill; with beams, of each row's first beam."""
-    found = [{} for _ in range(batch)]
+    found: list[dict[str, int | None]] = [{} for _ in range(batch)]
     for layer in history[0].layers if history else ():
         each = len(layer.rows) // batch
         for row, heads in enumerate(found):

@@ -32,8 +32,9 @@ class Journal:
             record = json.loads(text.decode()) if text.endswith(b"\n") else None
         except ValueError:
             return False
-        whole = isinstance(record, dict) and isinstance(record.get("answer"), str) and "id" in record
-        if not whole or record["id"] in self.records:
+        if not isinstance(record, dict) or not isinstance(record.get("answer"), str) or "id" not in record:
+            return False
+        if record["id"] in self.records:
             return False
         self.records[record["id"]] = record
         return True

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eah.eval.benchmark import Answer, Item, Judged, ratio
+from eah.eval.benchmark import Answer, Benchmark, Item, Judged, ratio
 from eah.eval.files import field, read_records
 
 KINDS = 8  # of questions, which take turns in the file
 HALLUCINATED_BELOW = 3
 
 
-class Mmhal:
+class Mmhal(Benchmark):
     """data: response_template.json. Its items are answered by `run`; `score` reads what a judge said of the answers."""
 
     name = "mmhal"

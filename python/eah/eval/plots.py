@@ -53,14 +53,13 @@ def _by_threshold(figure_class, bench: str, values: dict, bounds: dict):
             place, value, bound = family_and_threshold(variant), found[metric], bounds.get((variant, metric))
             if place is None or value is None:
                 continue
-            known = bound is not None and bound["low"] is not None
-            below, above = (
-                (bound["difference"] - bound["low"], bound["high"] - bound["difference"]) if known else (0, 0)
-            )
+            below, above = 0.0, 0.0
+            if bound is not None and bound["low"] is not None:
+                below, above = bound["difference"] - bound["low"], bound["high"] - bound["difference"]
             lines.setdefault(place[0], []).append((place[1], value, max(below, 0), max(above, 0)))
         for label, points in lines.items():
-            x, y, below, above = zip(*sorted(points), strict=True)
-            axes.errorbar(x, y, yerr=(below, above), marker="o", capsize=3, label=label)
+            x, y, *error = zip(*sorted(points), strict=True)
+            axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=label)
         if family_and_threshold(first) is None and values[first][metric] is not None:
             axes.axhline(values[first][metric], color="black", linestyle="--", label=first)
         axes.set(xlabel="threshold", ylabel=metric)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from eah.eval import yes_no
-from eah.eval.benchmark import Item, Judged, f1, ratio
+from eah.eval.benchmark import Benchmark, Item, Judged, f1, ratio
 from eah.eval.files import by_key, field, read_records
 
 PARSE = {"official": yes_no.pope_official, "opera": yes_no.opera, "first-word": yes_no.first_word}
 
 
-class Pope:
+class Pope(Benchmark):
     """data: question files, one a part, which is the last word of the file's stem (coco_pope_random.json: random)."""
 
     name = "pope"

@@ -59,7 +59,7 @@ def check_settings(out: Path, settings: dict) -> None:
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
@@ -91,7 +91,7 @@ def read_picture(path: Path):
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
 
 
-def load_model(folder: str, dtype: str, device: str | None, trust_remote_code: bool):
+def load_model(folder: str, dtype: str, device: str | torch.device | None, trust_remote_code: bool):
     """The processor and the model, from safetensors only.
 
     Raises:

@@ -26,8 +26,8 @@ def score(benchmark: Benchmark, answered: Answered, settings: dict, resamples: i
         (variant, part): [(item, answer, benchmark.judge(item, answer.text)) for item, answer in pairs]
         for (variant, part), pairs in answered.items()
     }
-    for (variant, part), rows in judged.items():
-        write_records(out / "details" / f"{variant}.{part}.jsonl", (verdict.detail for *_, verdict in rows))
+    for (variant, part), answers in judged.items():
+        write_records(out / "details" / f"{variant}.{part}.jsonl", (verdict.detail for *_, verdict in answers))
     rows = [_row(benchmark, variant, part, judged[variant, part]) for variant, part in judged]
     result = {
         "schema": SCHEMA,

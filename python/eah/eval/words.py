@@ -70,7 +70,8 @@ class NltkWords:
 
         self.tagged = lambda text: nltk.pos_tag(nltk.word_tokenize(text))
         self.lemmatize = WordNetLemmatizer().lemmatize
-        self.about = {"nltk": nltk.__version__, **{name: _checksum(nltk, where) for name, where in NLTK_DATA.items()}}
+        found = {name: _found(nltk, where) for name, where in NLTK_DATA.items()}
+        self.about = {"nltk": nltk.__version__, **{name: _checksum(path) for name, path in found.items() if path}}
 
     def words(self, text: str) -> list[str]:
         """Lemmas by part of speech; what is neither adjective, verb nor adverb as a noun."""
@@ -109,8 +110,7 @@ def _found(nltk, where: str) -> Path | None:
     return None
 
 
-def _checksum(nltk, where: str) -> str:
-    found = _found(nltk, where)
+def _checksum(found: Path) -> str:
     files = sorted(path for path in found.rglob("*") if path.is_file()) if found.is_dir() else [found]
     digest = hashlib.sha256()
     for path in files:
