@@ -28,7 +28,7 @@ CAPABILITIES = {
     "AVX2": AVX2,
     "AVX512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
-CUDA_SOURCES = ["csrc/cuda/prefill.cu", "csrc/cuda/decode.cu"]
+CUDA_SOURCES = ["csrc/cuda/prefill.cu", "csrc/cuda/few_rows.cu"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of torch 2.10
 
 

@@ -23,11 +23,16 @@ struct Problem {
   Scoring scoring;
 };
 
+struct Values {
+  View view;
+  int64_t dim;
+};
+
 // image (B, Skv); mean (B, Hq, Skv); lse (B, Hq, Sq) or null. Without lse a batch row without image is skipped.
 using Statistics = void(const Problem&, const bool* image, float* mean, float* lse);
 
-// head (B,); output like query, with value_dim for dim.
-using Attend = void(const Problem&, const View& value, int64_t value_dim, const int32_t* head, const View& output);
+// head (B,); output like query, with the values' dim.
+using Attend = void(const Problem&, const Values&, const int32_t* head, const View& output);
 
 namespace DEFAULT {
 Statistics statistics;

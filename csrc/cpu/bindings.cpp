@@ -110,7 +110,7 @@ void attend(const Tensor& query, const Tensor& key, const Tensor& value, const T
     TORCH_CHECK_VALUE(h < query.size(1), "head must be -1 or one of ", query.size(1), " query heads, got ", h);
   }
   kernels().attend(
-      problem(query, key, mask, causal, scale, sliding_window, softcap), view(value), value.size(3),
+      problem(query, key, mask, causal, scale, sliding_window, softcap), {view(value), value.size(3)},
       chosen.const_data_ptr<int32_t>(), view(output));
 }
 

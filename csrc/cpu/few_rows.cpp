@@ -24,11 +24,6 @@ struct Scratch {
   Buffer<float> copy, rows;
 };
 
-struct Values {
-  View view;
-  int64_t dim;
-};
-
 // Softmax maps of the rows for `heads` query heads of batch row b from first_head on. Of each stretch of keys the
 // weights are exp(score - the stretch's maximum); times the row's share of that stretch they are probabilities.
 class Maps {
@@ -268,8 +263,8 @@ void few_rows_statistics(const Problem& p, const bool* image_mask, float* mean, 
   }
 }
 
-void few_rows_attend(const Problem& p, const View& value, int64_t value_dim, const int32_t* head, const View& output) {
-  const int64_t group = p.heads / p.kv_heads, ld = whole_vectors(value_dim), size = p.q_len * ld;
+void few_rows_attend(const Problem& p, const Values& values, const int32_t* head, const View& output) {
+  const int64_t group = p.heads / p.kv_heads, ld = whole_vectors(values.dim), size = p.q_len * ld;
   for (int64_t b = 0; b < p.batch; ++b) {
     const bool shared = head[b] >= 0;
     // With a chosen head an output for each KV head, written for all of its query heads; else one for each of those.
@@ -288,7 +283,7 @@ void few_rows_attend(const Problem& p, const View& value, int64_t value_dim, con
           const int64_t stretch = item / p.kv_heads, kv_head = item % p.kv_heads;
           float* part = parts.data() + (stretch * outputs + kv_head * together) * size;
           const int64_t first_map = shared ? 0 : kv_head * group;
-          add_stretch(part, maps, stretch, first_map, together, {value, value_dim}, kv_head, scratch);
+          add_stretch(part, maps, stretch, first_map, together, values, kv_head, scratch);
           if (!left.last_of(kv_head)) {
             return;
           }
@@ -299,7 +294,7 @@ void few_rows_attend(const Problem& p, const View& value, int64_t value_dim, con
               std::transform(more, more + size, sum, sum, std::plus<float>());
             }
             for (int64_t h = first * copies; h < (first + 1) * copies; ++h) {
-              store(output, p.dtype, b, h, 0, p.q_len, sum, ld, value_dim);
+              store(output, p.dtype, b, h, 0, p.q_len, sum, ld, values.dim);
             }
           }
         });

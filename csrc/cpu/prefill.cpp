@@ -192,7 +192,7 @@ const T* normalised(RowBlock<T>& block) {
 
 // The block's map times one head's values, written as heads first_head..first_head+copies of the output.
 template <typename T>
-void times_values(RowBlock<T>& block, const Problem& p, const T* map, const T* values, int64_t value_dim,
+void times_values(RowBlock<T>& block, const Problem& p, const T* map, const T* packed, int64_t value_dim,
                   const View& output, int64_t b, int64_t row0, int64_t first_head, int64_t copies) {
   const int64_t ld = padded_value_dim(value_dim);
   float* product = block.output.data();
@@ -200,7 +200,7 @@ void times_values(RowBlock<T>& block, const Problem& p, const T* map, const T* v
     std::fill_n(product, block.rows * ld, 0.f);
   }
   for (int64_t t = block.first_tile; t < block.end_tile; ++t) {
-    multiply(block.padded_rows, ld, KEYS, map + (t - block.first_tile) * TILE, values + t * KEYS * ld, product,
+    multiply(block.padded_rows, ld, KEYS, map + (t - block.first_tile) * TILE, packed + t * KEYS * ld, product,
              t > block.first_tile);
   }
   for (int64_t h = first_head; h < first_head + copies; ++h) {
@@ -209,9 +209,9 @@ void times_values(RowBlock<T>& block, const Problem& p, const T* map, const T* v
 }
 
 template <typename T>
-void attend_as(const Problem& p, const View& value, int64_t value_dim, const int32_t* head, const View& output) {
+void attend_as(const Problem& p, const Values& values, const int32_t* head, const View& output) {
   const int64_t blocks = (p.q_len + ROWS - 1) / ROWS, group = p.heads / p.kv_heads, n = tiles(p.kv_len);
-  const int64_t key_size = n * KEYS * padded_dim<T>(p.dim), value_size = n * KEYS * padded_value_dim(value_dim);
+  const int64_t key_size = n * KEYS * padded_dim<T>(p.dim), value_size = n * KEYS * padded_value_dim(values.dim);
   for (int64_t b = 0; b < p.batch; ++b) {
     const bool shared = head[b] >= 0;
     // Ordinary attention under a mask per head sees other keys in each head: each gets its own values.
@@ -222,33 +222,34 @@ void attend_as(const Problem& p, const View& value, int64_t value_dim, const int
       rules.push_back(visibility(p, b, shared ? head[b] : h));
     }
     const Buffer<T> keys = shared ? packed_keys<T>(p, b, head[b] / group, 1) : packed_keys<T>(p, b, 0, p.kv_heads);
-    const Buffer<T> values(value_heads * value_size);
+    const Buffer<T> packed(value_heads * value_size);
     for_each_item(
-        value_heads * n, [&] { return Buffer<T>(KEYS * padded_value_dim(value_dim)); },
+        value_heads * n, [&] { return Buffer<T>(KEYS * padded_value_dim(values.dim)); },
         [&](int64_t item, Buffer<T>& scratch) {
           const int64_t h = item / n;
-          pack_values(values.data() + h * value_size, p, value, value_dim, rules[per_head ? h : 0].seen.data(),
-                      b, per_head ? h / group : h, item % n, scratch.data());
+          pack_values(packed.data() + h * value_size, p, values, rules[per_head ? h : 0].seen.data(), b,
+                      per_head ? h / group : h, item % n, scratch.data());
         });
     // The last row blocks, the largest under a causal mask, go first. A map is computed again for every share of the
     // value heads, so there are only as many shares as keep the threads busy.
     const int64_t wanted = (4 * at::get_num_threads() + blocks - 1) / blocks;
     const int64_t shares = shared ? std::min(p.kv_heads, wanted) : p.kv_heads;
     for_each_item(
-        blocks * shares, [&] { return RowBlock<T>(p, value_dim); },
+        blocks * shares, [&] { return RowBlock<T>(p, values.dim); },
         [&](int64_t item, RowBlock<T>& block) {
           const int64_t row0 = (blocks - 1 - item / shares) * ROWS, share = item % shares;
           if (shared) {
             make_weights(block, p, b, head[b], row0, keys.data());
             const T* map = normalised(block);
             for (int64_t h = share; h < p.kv_heads; h += shares) {
-              times_values(block, p, map, values.data() + h * value_size, value_dim, output, b, row0, h * group, group);
+              times_values(block, p, map, packed.data() + h * value_size, values.dim, output, b, row0, h * group,
+                           group);
             }
             return;
           }
           for (int64_t h = share * group; h < (share + 1) * group; ++h) {
             make_weights(block, p, b, h, row0, keys.data() + share * key_size);
-            times_values(block, p, normalised(block), values.data() + (per_head ? h : share) * value_size, value_dim,
+            times_values(block, p, normalised(block), packed.data() + (per_head ? h : share) * value_size, values.dim,
                          output, b, row0, h, 1);
           }
         });
@@ -275,12 +276,12 @@ void statistics(const Problem& p, const bool* image, float* mean, float* lse) {
                                      : statistics_as<float>(p, image, mean, lse);
 }
 
-void attend(const Problem& p, const View& value, int64_t value_dim, const int32_t* head, const View& output) {
+void attend(const Problem& p, const Values& values, const int32_t* head, const View& output) {
   if (p.q_len <= FEW_ROWS) {
-    return few_rows_attend(p, value, value_dim, head, output);
+    return few_rows_attend(p, values, head, output);
   }
-  multiplies_bfloat16(p.dtype) ? attend_as<BFloat16>(p, value, value_dim, head, output)
-                                     : attend_as<float>(p, value, value_dim, head, output);
+  multiplies_bfloat16(p.dtype) ? attend_as<BFloat16>(p, values, head, output)
+                                     : attend_as<float>(p, values, head, output);
 }
 
 }  // namespace eah::cpu::CPU_CAPABILITY

@@ -154,12 +154,12 @@ void pack_keys(T* packed, const Problem& p, int64_t b, int64_t h, int64_t tile, 
 // Value tiles of one head, (tiles, 64, Dv), for bfloat16 (tiles, 32, Dv, 2); zero where no row sees the key.
 template <typename T>
 void pack_values(
-    T* packed, const Problem& p, const View& value, int64_t value_dim, const uint8_t* seen, int64_t b, int64_t h,
+    T* packed, const Problem& p, const Values& values, const uint8_t* seen, int64_t b, int64_t h,
     int64_t tile, T* scratch) {
-  const int64_t first = tile * KEYS, rows = std::min(KEYS, p.kv_len - first), ld = padded_value_dim(value_dim);
+  const int64_t first = tile * KEYS, rows = std::min(KEYS, p.kv_len - first), ld = padded_value_dim(values.dim);
   packed += tile * KEYS * ld;
   T* plain = std::is_same_v<T, float> ? packed : scratch;
-  load(plain, ld, value, p.dtype, b, h, first, rows, value_dim);
+  load(plain, ld, values.view, p.dtype, b, h, first, rows, values.dim);
   for (int64_t r = 0; r < KEYS; ++r) {
     if (r >= rows || !seen[first + r]) {
       std::fill_n(plain + r * ld, ld, T(0));

@@ -43,16 +43,15 @@ Dtype dtype(const Tensor& x) {
   }
 }
 
-// What both problems begin with.
-template <typename Problem>
-Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-                const std::optional<Tensor>& mask, double scale) {
-  Problem p = {};
+eah::cuda::Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
+                           const std::optional<Tensor>& mask, double scale, const Tensor& scratch) {
+  eah::cuda::Problem p = {};
   p.dtype = dtype(query);
   p.batch = static_cast<int>(query.size(0));
   p.heads = static_cast<int>(query.size(1));
   p.kv_heads = static_cast<int>(key.size(1));
-  p.length = static_cast<int>(key.size(2));
+  p.q_len = static_cast<int>(query.size(2));
+  p.kv_len = static_cast<int>(key.size(2));
   p.dim = static_cast<int>(query.size(3));
   p.query = view(query);
   p.key = view(key);
@@ -60,6 +59,7 @@ Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, con
   p.output = view(output);
   p.mask = mask ? flags(*mask) : eah::View{};
   p.scale = static_cast<float>(scale);
+  p.scratch = static_cast<float*>(scratch.data_ptr());
   return p;
 }
 
@@ -75,32 +75,30 @@ void launch(const char* (*kernel)(const Problem&, void*), const Problem& p, cons
 void prefill(
     Tensor query, Tensor key, Tensor value, Tensor image_mask, std::optional<Tensor> mask, double scale,
     double threshold, double min_density, Tensor output, Tensor head, Tensor sink_counts, Tensor scratch) {
-  auto p = problem<eah::cuda::Prefill>(query, key, value, output, mask, scale);
+  eah::cuda::Prefill p = {problem(query, key, value, output, mask, scale, scratch)};
   p.image = flags(image_mask);
   p.threshold = static_cast<float>(threshold);
   p.min_density = static_cast<float>(min_density);
   p.head = static_cast<int32_t*>(head.data_ptr());
   p.counts = static_cast<int32_t*>(sink_counts.data_ptr());
-  p.scratch = static_cast<float*>(scratch.data_ptr());
   launch(eah::cuda::prefill, p, query);
 }
 
-void decode(
+void few_rows(
     Tensor query, Tensor key, Tensor value, Tensor head, std::optional<Tensor> mask, double scale, Tensor output,
     Tensor scratch) {
-  auto p = problem<eah::cuda::Decode>(query, key, value, output, mask, scale);
+  eah::cuda::FewRows p = {problem(query, key, value, output, mask, scale, scratch)};
   p.head = static_cast<const int32_t*>(head.data_ptr());
-  p.scratch = static_cast<float*>(scratch.data_ptr());
-  launch(eah::cuda::decode, p, query);
+  launch(eah::cuda::few_rows, p, query);
 }
 
-int64_t prefill_scratch(int64_t batch, int64_t heads, int64_t length) {
-  return eah::cuda::prefill_scratch(static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(length));
+int64_t prefill_scratch(int64_t batch, int64_t heads, int64_t q_len) {
+  return eah::cuda::prefill_scratch(static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(q_len));
 }
 
-int64_t decode_scratch(int64_t batch, int64_t heads, int64_t kv_heads, int64_t length, int64_t dim) {
-  return eah::cuda::decode_scratch(
-      static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(length),
+int64_t few_rows_scratch(int64_t batch, int64_t heads, int64_t kv_heads, int64_t kv_len, int64_t dim) {
+  return eah::cuda::few_rows_scratch(
+      static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(kv_len),
       static_cast<int>(dim));
 }
 
@@ -111,20 +109,20 @@ EAH_LIBRARY(EAH_OPS, library) {
       "prefill(Tensor query, Tensor key, Tensor value, Tensor image_mask, Tensor? mask, float scale, float threshold, "
       "float min_density, Tensor(a!) output, Tensor(b!) head, Tensor(c!) sink_counts, Tensor(d!) scratch) -> ()");
   library.def(
-      "decode(Tensor query, Tensor key, Tensor value, Tensor head, Tensor? mask, float scale, Tensor(a!) output, "
+      "few_rows(Tensor query, Tensor key, Tensor value, Tensor head, Tensor? mask, float scale, Tensor(a!) output, "
       "Tensor(b!) scratch) -> ()");
-  library.def("prefill_scratch(int batch, int heads, int length) -> int");
-  library.def("decode_scratch(int batch, int heads, int kv_heads, int length, int dim) -> int");
+  library.def("prefill_scratch(int batch, int heads, int q_len) -> int");
+  library.def("few_rows_scratch(int batch, int heads, int kv_heads, int kv_len, int dim) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EAH_OPS, CompositeExplicitAutograd, library) {
   library.impl("prefill_scratch", TORCH_BOX(&prefill_scratch));
-  library.impl("decode_scratch", TORCH_BOX(&decode_scratch));
+  library.impl("few_rows_scratch", TORCH_BOX(&few_rows_scratch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EAH_OPS, EAH_DISPATCH_KEY, library) {
   library.impl("prefill", TORCH_BOX(&prefill));
-  library.impl("decode", TORCH_BOX(&decode));
+  library.impl("few_rows", TORCH_BOX(&few_rows));
 }
 
 PyMODINIT_FUNC PyInit__cuda(void) {

@@ -23,7 +23,7 @@ namespace {
 
 // Where the sums of 64 rows of a head begin, one float per key, padded to whole tiles.
 __device__ float* row_block_sums(const Prefill& p, int b, int h, int block) {
-  const int64_t blocks = (p.length + ROWS - 1) / ROWS;
+  const int64_t blocks = (p.q_len + ROWS - 1) / ROWS;
   return p.scratch + ((static_cast<int64_t>(b) * p.heads + h) * blocks + block) * blocks * KEYS;
 }
 
@@ -132,9 +132,9 @@ __device__ void row_statistics(Shared<T, D>& shared, const Prefill& p, int b, in
 // The sinks among 128 columns, one a thread, added to the head's count.
 template <typename T, int D>
 __device__ void count_sinks(const Shared<T, D>& shared, const Prefill& p, int b, int h, int first) {
-  const int column = first + threadIdx.x, tile = column / KEYS, tiles = (p.length + KEYS - 1) / KEYS;
+  const int column = first + threadIdx.x, tile = column / KEYS, tiles = (p.q_len + KEYS - 1) / KEYS;
   bool sink = false;
-  if (column < p.length && (bits(shared.image, tile) & bits(shared.seen, tile)) >> (column % KEYS) & 1) {
+  if (column < p.q_len && (bits(shared.image, tile) & bits(shared.seen, tile)) >> (column % KEYS) & 1) {
     int rows = __popcll(bits(shared.seen, tile) >> (column % KEYS) >> 1);
     float sum = 0, sums[MAX_TILES];
 #pragma unroll
@@ -169,7 +169,7 @@ __device__ void choose_heads(Shared<T, D>& shared, const Prefill& p) {
         chosen = h;
       }
     }
-    for (int j = at.lane; p.min_density > 0 && j < p.length; j += 32) {
+    for (int j = at.lane; p.min_density > 0 && j < p.q_len; j += 32) {
       tokens += flag(p.image, b, j);
     }
     for (int bit = 1; bit < 32; bit *= 2) {
@@ -277,7 +277,7 @@ __device__ void attend(
   constexpr int CHUNKS = D / 8;
   for (int i = 0; i < CHUNKS / 2; ++i) {
     const int row = 16 * at.warp + (32 * i + at.lane) / CHUNKS, chunk = at.lane % CHUNKS;
-    if (block * ROWS + row < p.length) {
+    if (block * ROWS + row < p.q_len) {
       const uint4 eight = *reinterpret_cast<const uint4*>(shared.query + place<D>(row, chunk));
       for (int copy = 0; copy < copies; ++copy) {
         T* const into = row_of<T>(p.output, b, to + copy, block * ROWS + row);
@@ -297,7 +297,7 @@ __device__ int64_t item_of(int64_t round) {
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(const Prefill p) {
   Shared<T, D>& shared = shared_memory<Shared<T, D>>();
-  const int blocks = (p.length + ROWS - 1) / ROWS, group = p.heads / p.kv_heads;
+  const int blocks = (p.q_len + ROWS - 1) / ROWS, group = p.heads / p.kv_heads;
   int held = -1;  // the batch row whose flags are in shared memory
 
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.batch * p.heads; i += gridDim.x * THREADS) {
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(cons
   }
   grid_barrier();
 
-  const int parts = (p.length + THREADS - 1) / THREADS;
+  const int parts = (p.q_len + THREADS - 1) / THREADS;
   for (int64_t item = blockIdx.x; item < static_cast<int64_t>(parts) * p.batch * p.heads; item += gridDim.x) {
     const int row = static_cast<int>(item / parts);
     begin(shared, p, row / p.heads, held);
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(THREADS, D == 128 ? 2 : 3) prefill_kernel(cons
 
 template <typename T>
 const char* launch(const Prefill& p, void* stream) {
-  const int64_t items = static_cast<int64_t>((p.length + ROWS - 1) / ROWS) * p.batch * p.heads;
+  const int64_t items = static_cast<int64_t>((p.q_len + ROWS - 1) / ROWS) * p.batch * p.heads;
   if (p.dim == 64) {
     return launch_cooperative(prefill_kernel<T, 64>, items, THREADS, sizeof(Shared<T, 64>), p, stream);
   }
@@ -351,13 +351,13 @@ const char* launch(const Prefill& p, void* stream) {
 
 }  // namespace
 
-int64_t prefill_scratch(int batch, int heads, int length) {
-  const int64_t blocks = (length + ROWS - 1) / ROWS;
+int64_t prefill_scratch(int batch, int heads, int q_len) {
+  const int64_t blocks = (q_len + ROWS - 1) / ROWS;
   return batch * heads * blocks * blocks * KEYS;
 }
 
 const char* prefill(const Prefill& p, void* stream) {
-  if (p.length < 1 || p.length > MAX_PREFILL || p.batch < 1 || p.batch > MAX_BATCH || (p.dim != 64 && p.dim != 128)) {
+  if (p.q_len < 1 || p.q_len > MAX_PREFILL || p.batch < 1 || p.batch > MAX_BATCH || (p.dim != 64 && p.dim != 128)) {
     return "the problem is outside of what the kernel takes";
   }
   return p.dtype == Dtype::Half ? launch<Half>(p, stream) : launch<BFloat16>(p, stream);

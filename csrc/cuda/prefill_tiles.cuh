@@ -53,14 +53,14 @@ __device__ void begin(Shared<T, D>& shared, const Prefill& p, int b, int& held) 
   bool image[WORDS], seen[WORDS];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
-    const int j = min(32 * (at.warp + WARPS * i) + at.lane, p.length - 1);  // no branch: all are read at once
+    const int j = min(32 * (at.warp + WARPS * i) + at.lane, p.q_len - 1);  // no branch: all are read at once
     image[i] = flag(p.image, b, j);
     seen[i] = flag(p.mask, b, j);
   }
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
     const int word = at.warp + WARPS * i;
-    const bool exists = 32 * word + at.lane < p.length;
+    const bool exists = 32 * word + at.lane < p.q_len;
     const unsigned image_bits = __ballot_sync(EVERY_LANE, exists && image[i]);
     const unsigned seen_bits = __ballot_sync(EVERY_LANE, exists && seen[i]);
     if (at.lane == 0) {
@@ -85,7 +85,7 @@ __device__ void load_tile(T* to, const View& x, int b, int h, int tile, uint64_t
 
 // The rows of tile `tile` that exist.
 __device__ uint64_t existing(const Prefill& p, int tile) {
-  const int rows = p.length - tile * ROWS;
+  const int rows = p.q_len - tile * ROWS;
   return rows >= ROWS ? ~0ull : (1ull << rows) - 1;
 }
 

@@ -107,9 +107,9 @@ def shared_map_attention(query, key, value, head, scoring: Scoring) -> Tensor:
     _check_addresses(query=query, key=key, value=value)
     output = empty_output(query, value)
     sizes = *query.shape[:2], *key.shape[1:3], query.shape[-1]
-    scratch = query.new_empty(OPS.decode_scratch(*sizes), dtype=torch.float32)
+    scratch = query.new_empty(OPS.few_rows_scratch(*sizes), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        OPS.decode(query, key, value, head.contiguous(), scoring.attention_mask, scoring.scale, output, scratch)
+        OPS.few_rows(query, key, value, head.contiguous(), scoring.attention_mask, scoring.scale, output, scratch)
     return output
 
 

@@ -22,7 +22,7 @@ from .lowering import Program
 ROOT = Path(__file__).parents[2]
 TORCH = Path(torch.__file__).parent
 CXX = os.environ.get("CXX", "c++").split()[0]
-NAMES = ("prefill", "decode")
+NAMES = ("prefill", "few_rows")
 CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc/cuda"
-KERNELS = ("prefill", "decode")
+KERNELS = ("prefill", "few_rows")
 TARGETS = {"sm_80": 164, "sm_90a": 228, "sm_100": 228}  # KiB of shared memory of a multiprocessor
 THREADS, REGISTERS = 128, 65536
 ENTRY = re.compile(
-    r"Compiling entry function '\w*?(prefill|decode)_kernelI(?:NS0_\d+(Half|BFloat16)E|f)Li(\d+)E.*?"
+    r"Compiling entry function '\w*?(prefill|few_rows)_kernelI(?:NS0_\d+(Half|BFloat16)E|f)Li(\d+)E.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
     re.DOTALL,
 )
@@ -32,7 +32,7 @@ SIZES = """
 using namespace eah::cuda;
 int main() {{ printf("%zu %zu", sizeof({small}), sizeof({large})); }}
 """
-SHARED = {"prefill": ("Shared<Half, 64>", "Shared<Half, 128>"), "decode": ("Shared", "Shared")}
+SHARED = {"prefill": ("Shared<Half, 64>", "Shared<Half, 128>"), "few_rows": ("Shared", "Shared")}
 
 
 class Cost(NamedTuple):

@@ -3,14 +3,14 @@
 // out_h = P_c V_h with P_c the softmax map of the chosen head c; where no head is chosen, P_h V_h. By eah_kernels/
 // reference.py, shared_map_attention. The keys are split among blocks (split-KV):
 //
-//   1. attend_split: a block takes one map, one span of keys and up to four KV heads' values. Its warps score 128 keys
-//      together, then each reads values, 16 bytes a lane: of one KV head each, or of one head a part of the keys. The
-//      span's maximum, its sum of exponentials and its unnormalised output go to scratch, in float32.
+//   1. attend_stretch: a block takes one map, one stretch of keys and up to four KV heads' values. Its warps score 128
+//      keys together, then each reads values, 16 bytes a lane: of one KV head each, or of one head a part of the keys.
+//      The stretch's maximum, its sum of exponentials and its unnormalised output go to scratch, in float32.
 //      -- grid barrier --
-//   2. combine: adds an output's spans, in an order of their own.
+//   2. combine: adds an output's stretches, in an order of their own.
 //
-// With a chosen head one key head is read from memory, and every value once. Spans depend on the shape alone: neither
-// the device nor the number of blocks changes a bit.
+// With a chosen head one key head is read from memory, and every value once. Stretches depend on the shape alone:
+// neither the device nor the number of blocks changes a bit.
 
 #include "tiles.cuh"
 
@@ -20,46 +20,46 @@ namespace {
 constexpr int KEYS = 32 * WARPS;
 constexpr int LOADS = 8;     // of 16 bytes, that a lane has under way at once
 constexpr int FEWEST = 256;  // items below which a block takes fewer values, at the price of scoring the keys again
-constexpr int MOST = 512;    // items above which spans get longer: about those that are resident at once
+constexpr int MOST = 512;    // items above which stretches get longer: about those that are resident at once
 
 struct Shared {
   float scores[2][KEYS];
   float outputs[WARPS][128];
-  LogSum spans[WARPS];
+  LogSum stretches[WARPS];
   int heads[MAX_BATCH];
 };
 
 // How the work is cut. A unit is `values` KV heads with a chosen head, one query head without.
 struct Plan {
-  int values, spans, span;
+  int values, stretches, stretch;
 
-  explicit Plan(const Decode& p) : Plan(p.batch, p.kv_heads, p.length) {}
-  Plan(int batch, int kv_heads, int length) {
-    const int tiles = (length + KEYS - 1) / KEYS;
+  explicit Plan(const FewRows& p) : Plan(p.batch, p.kv_heads, p.kv_len) {}
+  Plan(int batch, int kv_heads, int kv_len) {
+    const int tiles = (kv_len + KEYS - 1) / KEYS;
     const auto units = [&] { return batch * (kv_heads / values); };
     for (values = WARPS; values > 1 && (kv_heads % values != 0 || units() * tiles < FEWEST); values /= 2) {
     }
     const int wanted = (MOST + units() - 1) / units();
-    const int tiles_a_span = wanted < tiles ? (tiles + wanted - 1) / wanted : 1;
-    span = tiles_a_span * KEYS;
-    spans = (tiles + tiles_a_span - 1) / tiles_a_span;
+    const int tiles_a_stretch = wanted < tiles ? (tiles + wanted - 1) / wanted : 1;
+    stretch = tiles_a_stretch * KEYS;
+    stretches = (tiles + tiles_a_stretch - 1) / tiles_a_stretch;
   }
 };
 
 struct Arguments {
-  Decode problem;
+  FewRows problem;
   Plan plan;
 };
 
-// The results of the spans of output `slot` of row b (a KV head with a chosen head, else a query head): D floats each,
-// and after all of those their maximum and sum.
-__device__ float* span_output(const Decode& p, const Plan& plan, int b, int slot, int span) {
-  return p.scratch + ((static_cast<int64_t>(b) * p.heads + slot) * plan.spans + span) * p.dim;
+// The results of the stretches of output `slot` of row b (a KV head with a chosen head, else a query head): D floats
+// each, and after all of those their maximum and sum.
+__device__ float* stretch_output(const FewRows& p, const Plan& plan, int b, int slot, int stretch) {
+  return p.scratch + ((static_cast<int64_t>(b) * p.heads + slot) * plan.stretches + stretch) * p.dim;
 }
-__device__ LogSum* span_sum(const Decode& p, const Plan& plan, int b, int slot, int span) {
-  const int64_t rows = static_cast<int64_t>(p.heads) * plan.spans;
+__device__ LogSum* stretch_sum(const FewRows& p, const Plan& plan, int b, int slot, int stretch) {
+  const int64_t rows = static_cast<int64_t>(p.heads) * plan.stretches;
   LogSum* const all = reinterpret_cast<LogSum*>(p.scratch + p.batch * rows * p.dim);
-  return all + b * rows + static_cast<int64_t>(slot) * plan.spans + span;
+  return all + b * rows + static_cast<int64_t>(slot) * plan.stretches + stretch;
 }
 
 // 16 bytes as floats.
@@ -81,11 +81,12 @@ struct Piece {
   }
 };
 
-// The map of query head `map` over one span times the values of `values` KV heads from value_head on; their results go
-// to slots `slot` and on.
+// The map of query head `map` over one stretch times the values of `values` KV heads from value_head on; their results
+// go to slots `slot` and on.
 template <typename T, int D>
-__device__ void attend_split(
-    Shared& shared, const Decode& p, const Plan& plan, int b, int map, int value_head, int values, int slot, int span) {
+__device__ void attend_stretch(
+    Shared& shared, const FewRows& p, const Plan& plan, int b, int map, int value_head, int values, int slot,
+    int stretch) {
   constexpr int LANES = D / Piece<T>::SIZE;  // of a warp, that share a row
   constexpr int TOGETHER = 32 / LANES;       // rows of a warp
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = lane % LANES * Piece<T>::SIZE;
@@ -96,10 +97,10 @@ __device__ void attend_split(
   const T* const v = row_of<T>(p.value, b, own_value, 0) + dim;
   const float scale = p.scale * LOG2E;
   Piece<T> out;
-  LogSum log_sum = {-infinity(), 0};  // of the span so far, the same in every lane
-  const int end = min(p.length, (span + 1) * plan.span);
+  LogSum log_sum = {-infinity(), 0};  // of the stretch so far, the same in every lane
+  const int end = min(p.kv_len, (stretch + 1) * plan.stretch);
 
-  for (int first = span * plan.span; first < end; first += KEYS) {
+  for (int first = stretch * plan.stretch; first < end; first += KEYS) {
     float* const scores = shared.scores[first / KEYS % 2];  // two: some warps may still read the tile before
     const int own = first + 32 * warp;  // of these 32 keys the warp makes the scores
     const bool shown = own + lane < end && flag(p.mask, b, own + lane);
@@ -194,39 +195,39 @@ __device__ void attend_split(
     for (int part = 0; part < parts; ++part) {
       sum += shared.outputs[part * values + value][d];
     }
-    span_output(p, plan, b, slot + value, span)[d] = sum;
+    stretch_output(p, plan, b, slot + value, stretch)[d] = sum;
   }
   if (threadIdx.x < values) {
-    *span_sum(p, plan, b, slot + threadIdx.x, span) = log_sum;
+    *stretch_sum(p, plan, b, slot + threadIdx.x, stretch) = log_sum;
   }
   // The next item writes shared.outputs after its own scores, and so after everybody has read them here.
 }
 
-// The output of a slot, written for `copies` heads from `to` on: its spans, each by its share of the whole.
+// The output of a slot, written for `copies` heads from `to` on: its stretches, each by its share of the whole.
 template <typename T, int D>
-__device__ void combine(Shared& shared, const Decode& p, const Plan& plan, int b, int slot, int to, int copies) {
-  constexpr int LANES = D / 4, TOGETHER = 32 / LANES;  // lanes that share a span, spans that a warp adds at once
+__device__ void combine(Shared& shared, const FewRows& p, const Plan& plan, int b, int slot, int to, int copies) {
+  constexpr int LANES = D / 4, TOGETHER = 32 / LANES;  // lanes that share a stretch, stretches that a warp adds at once
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = 4 * (lane % LANES);
   LogSum all = {-infinity(), 0};
-  for (int span = threadIdx.x; span < plan.spans; span += THREADS) {
-    all.max = fmaxf(all.max, span_sum(p, plan, b, slot, span)->max);
+  for (int stretch = threadIdx.x; stretch < plan.stretches; stretch += THREADS) {
+    all.max = fmaxf(all.max, stretch_sum(p, plan, b, slot, stretch)->max);
   }
   for (int bit = 1; bit < 32; bit *= 2) {
     all.max = fmaxf(all.max, __shfl_xor_sync(EVERY_LANE, all.max, bit));
   }
   if (lane == 0) {
-    shared.spans[warp].max = all.max;
+    shared.stretches[warp].max = all.max;
   }
   __syncthreads();
   for (int other = 0; other < WARPS; ++other) {
-    all.max = fmaxf(all.max, shared.spans[other].max);
+    all.max = fmaxf(all.max, shared.stretches[other].max);
   }
 
   Piece<float> out;
 #pragma unroll 8
-  for (int span = warp * TOGETHER + lane / LANES; span < plan.spans; span += WARPS * TOGETHER) {
-    const LogSum part = *span_sum(p, plan, b, slot, span);
-    const Piece<float> piece(*reinterpret_cast<const uint4*>(span_output(p, plan, b, slot, span) + dim));
+  for (int stretch = warp * TOGETHER + lane / LANES; stretch < plan.stretches; stretch += WARPS * TOGETHER) {
+    const LogSum part = *stretch_sum(p, plan, b, slot, stretch);
+    const Piece<float> piece(*reinterpret_cast<const uint4*>(stretch_output(p, plan, b, slot, stretch) + dim));
     const float share = exp2_approximate(part.max - all.base());
     all.sum += part.sum * share;
     for (int d = 0; d < 4; ++d) {
@@ -240,7 +241,7 @@ __device__ void combine(Shared& shared, const Decode& p, const Plan& plan, int b
     }
   }
   if (lane == 0) {
-    shared.spans[warp].sum = all.sum;
+    shared.stretches[warp].sum = all.sum;
   }
   if (lane < LANES) {
     for (int d = 0; d < 4; ++d) {
@@ -253,7 +254,7 @@ __device__ void combine(Shared& shared, const Decode& p, const Plan& plan, int b
     float total = 0, sum = 0;
     for (int other = 0; other < WARPS; ++other) {
       total += shared.outputs[other][d];
-      sum += shared.spans[other].sum;
+      sum += shared.stretches[other].sum;
     }
     for (int copy = 0; copy < copies; ++copy) {
       store(row_of<T>(p.output, b, to + copy, 0) + d, sum == 0 ? 0 : total / sum);
@@ -263,9 +264,9 @@ __device__ void combine(Shared& shared, const Decode& p, const Plan& plan, int b
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, 4) decode_kernel(const Arguments arguments) {
+__global__ void __launch_bounds__(THREADS, 4) few_rows_kernel(const Arguments arguments) {
   Shared& shared = shared_memory<Shared>();
-  const Decode& p = arguments.problem;
+  const FewRows& p = arguments.problem;
   const Plan& plan = arguments.plan;
   const int group = p.heads / p.kv_heads;
   for (int b = threadIdx.x; b < p.batch; b += THREADS) {
@@ -274,13 +275,13 @@ __global__ void __launch_bounds__(THREADS, 4) decode_kernel(const Arguments argu
   __syncthreads();
 
   const Work units = {shared.heads, p.batch, p.kv_heads / plan.values, p.heads};
-  const int64_t items = static_cast<int64_t>(units.total()) * plan.spans;
+  const int64_t items = static_cast<int64_t>(units.total()) * plan.stretches;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int span = static_cast<int>(item % plan.spans);
-    int unit = static_cast<int>(item / plan.spans);
+    const int stretch = static_cast<int>(item % plan.stretches);
+    int unit = static_cast<int>(item / plan.stretches);
     const int b = units.row(unit), chosen = shared.heads[b], values = chosen >= 0 ? plan.values : 1;
     const int map = chosen >= 0 ? chosen : unit, slot = unit * values;
-    attend_split<T, D>(shared, p, plan, b, map, chosen >= 0 ? slot : unit / group, values, slot, span);
+    attend_stretch<T, D>(shared, p, plan, b, map, chosen >= 0 ? slot : unit / group, values, slot, stretch);
   }
   grid_barrier();
 
@@ -294,23 +295,23 @@ __global__ void __launch_bounds__(THREADS, 4) decode_kernel(const Arguments argu
 }
 
 template <typename T>
-const char* launch(const Decode& p, void* stream) {
+const char* launch(const FewRows& p, void* stream) {
   const Arguments arguments = {p, Plan(p)};
-  const int64_t most = static_cast<int64_t>(p.batch) * p.heads * arguments.plan.spans;
+  const int64_t most = static_cast<int64_t>(p.batch) * p.heads * arguments.plan.stretches;
   if (p.dim == 64) {
-    return launch_cooperative(decode_kernel<T, 64>, most, THREADS, sizeof(Shared), arguments, stream);
+    return launch_cooperative(few_rows_kernel<T, 64>, most, THREADS, sizeof(Shared), arguments, stream);
   }
-  return launch_cooperative(decode_kernel<T, 128>, most, THREADS, sizeof(Shared), arguments, stream);
+  return launch_cooperative(few_rows_kernel<T, 128>, most, THREADS, sizeof(Shared), arguments, stream);
 }
 
 }  // namespace
 
-int64_t decode_scratch(int batch, int heads, int kv_heads, int length, int dim) {
-  return static_cast<int64_t>(batch) * heads * Plan(batch, kv_heads, length).spans * (dim + 2);
+int64_t few_rows_scratch(int batch, int heads, int kv_heads, int kv_len, int dim) {
+  return static_cast<int64_t>(batch) * heads * Plan(batch, kv_heads, kv_len).stretches * (dim + 2);
 }
 
-const char* decode(const Decode& p, void* stream) {
-  if (p.length < 1 || p.batch < 1 || p.batch > MAX_BATCH || (p.dim != 64 && p.dim != 128)) {
+const char* few_rows(const FewRows& p, void* stream) {
+  if (p.kv_len < 1 || p.batch < 1 || p.batch > MAX_BATCH || (p.dim != 64 && p.dim != 128)) {
     return "the problem is outside of what the kernel takes";
   }
   switch (p.dtype) {
