@@ -23,7 +23,7 @@ import torch
 
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.triton import attend, few_rows, lse, sinks
+from eah_kernels.triton import attend, few_rows, lse, one_pass, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem
 
@@ -59,7 +59,10 @@ BOUNDS = (
 
 
 def launches(layer: Layer, inputs: Inputs, variant: Variant = SHIPPED) -> dict[str, list[Launch]]:
-    """What runs a layer, kernel by kernel, with outputs of their own. Layers without a mask only."""
+    """What runs a layer, kernel by kernel, with outputs of their own. Layers without a mask only.
+
+    A prefill by the kernels for any length, and beside them, where it is short, by those that the backend then takes.
+    """
     query, key, value = inputs[:3]
     if variant.no_l2:
         query, key, value = (tensor[:, :, :1].expand_as(tensor) for tensor in (query, key, value))
@@ -73,6 +76,7 @@ def launches(layer: Layer, inputs: Inputs, variant: Variant = SHIPPED) -> dict[s
         minus_lse = query.new_empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
         tally = Tally(*(query.new_zeros(batch, n, dtype=torch.int32) for n in (heads, 2)))
         choice = Choice(torch.zeros_like(head), 0.0)
+        problem.short_tile = lambda *_: None
         found = {
             "lse": [lse.lse(problem, minus_lse, image_mask=inputs.image_mask, tally=tally)],
             "sinks": [sinks.sinks(problem, inputs.image_mask, minus_lse, inputs.threshold, tally, choice=choice)],
@@ -81,6 +85,17 @@ def launches(layer: Layer, inputs: Inputs, variant: Variant = SHIPPED) -> dict[s
         }
         if variant == SHIPPED:
             found["all of EAH"] = [launch for name in list(found)[:3] for launch in found[name]]
+        del problem.short_tile
+        if one_pass.takes(problem):
+            image_mask, tickets = inputs.image_mask, query.new_zeros(batch * (heads + 1), dtype=torch.int32)
+            statistics = minus_lse, tally.counts, tickets, choice
+            short = {
+                "one pass": [one_pass.one_pass(problem, image_mask, inputs.threshold, *statistics)],
+                "attend, shared map, short": [attend.attend(problem, value, head, output, minus_lse)],
+            }
+            if variant == SHIPPED:
+                short["all of EAH, one pass"] = [launch for kernel in short.values() for launch in kernel]
+            found |= short
     if variant.few_products:
         found = {name: [with_few_products(launch) for launch in kernel] for name, kernel in found.items()}
     return found

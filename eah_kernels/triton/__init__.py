@@ -13,6 +13,7 @@ from eah_kernels.masks import Scoring
 from eah_kernels.triton import attend as _attend
 from eah_kernels.triton import few_rows as _few_rows
 from eah_kernels.triton import lse as _lse
+from eah_kernels.triton import one_pass as _one_pass
 from eah_kernels.triton import pack as _pack
 from eah_kernels.triton import sinks as _sinks
 from eah_kernels.triton.bundles import Choice, Tally
@@ -24,14 +25,19 @@ def eah_attention(query, key, value, image_mask, threshold, min_density, scoring
     batch, heads, q_len, _ = query.shape
     sink_counts = query.new_empty(batch, heads, dtype=torch.int32)
     minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
-    tally = Tally(sink_counts, query.new_empty(batch, 2, dtype=torch.int32))
     head = query.new_empty(batch, dtype=torch.int32)
+    choice = Choice(head, min_density)
     output = empty_output(query, value)
     with torch.cuda.device_of(query):
         if problem.mask is not None:
             _pack.pack(problem, problem.mask).run()
-        _lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally).run()
-        _sinks.sinks(problem, image_mask, minus_lse, threshold, tally, choice=Choice(head, min_density)).run()
+        if _one_pass.takes(problem):
+            tickets = _one_pass.zeroed_tickets(query)
+            _one_pass.one_pass(problem, image_mask, threshold, minus_lse, sink_counts, tickets, choice).run()
+        else:
+            tally = Tally(sink_counts, query.new_empty(batch, 2, dtype=torch.int32))
+            _lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally).run()
+            _sinks.sinks(problem, image_mask, minus_lse, threshold, tally, choice=choice).run()
         _attend.attend(problem, value, head, output, minus_lse).run()
     return output, head, sink_counts
 

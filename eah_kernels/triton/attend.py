@@ -16,6 +16,9 @@ from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, value_gr
 from eah_kernels.triton.loads import at, head_of, load_operand, load_values, row_of, value_columns
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
 from eah_kernels.triton.scores import LOWEST, score_block
+from eah_kernels.triton.tiles import Tile
+
+AT_ONCE = 264  # programs of a finer tile that a large GPU holds: two on each of 132 multiprocessors
 
 
 @triton.jit
@@ -113,7 +116,7 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
     value = narrow(value)
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
-    tile = problem.tile("attend", value_dim)
+    tile = _tile(problem, kv_heads, value_dim)
     units, values = value_groups(kv_heads, value_dim, tile)
     return Launch(
         _attend_kernel,
@@ -123,3 +126,14 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
         | dict(v=view(value), out=view(out), packed=problem.packed_for_keys(), head_ptr=head, V=values)
         | dict(minus_lse=view(minus_lse, "b h column"), units=units, heads=heads, kv_heads=kv_heads),
     )
+
+
+def _tile(problem: Problem, kv_heads: int, value_dim: int) -> Tile:
+    """The finer one where all its programs for chosen heads run at once: then the longest of them sets the time."""
+    short = problem.short_tile("attend", value_dim)
+    if short:
+        batch, _, q_len, _ = problem.query.shape
+        units, _ = value_groups(kv_heads, value_dim, short)
+        if batch * units * triton.cdiv(q_len, short.block_m) <= AT_ONCE:
+            return short
+    return problem.tile("attend", value_dim)

@@ -59,10 +59,10 @@ class PackedMask(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What `sinks` adds to and the choice is made from, all int32: pointers, or before the launch the tensors."""
+    """What the choice is made from, all int32: pointers, or before the launch the tensors."""
 
     counts: Any  # (B, Hq) sinks
-    progress: Any = None  # (B, 2): how many programs of a batch row are done, and its image tokens
+    progress: Any = None  # (B, 2): programs of a batch row that are done, its image tokens; or one_pass.py's tickets
 
 
 class Choice(NamedTuple):

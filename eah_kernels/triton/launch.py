@@ -23,7 +23,7 @@ from eah_kernels.triton.bundles import (
     Values,
     View,
 )
-from eah_kernels.triton.tiles import FAST, FastTile, Tile, find_tile
+from eah_kernels.triton.tiles import FAST, SHORT, FastTile, Tile, find_short_tile, find_tile
 
 LOG2E = math.log2(math.e)
 LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
@@ -103,7 +103,15 @@ class Problem:
         return None if image_mask is None else view(image_mask.view(torch.uint8), "b column")
 
     def tile(self, kernel: str, value_dim: int = 0) -> Tile:
-        return find_tile(kernel, self.target, max(self.query.shape[-1], value_dim), self.query.dtype, self.masked)
+        return find_tile(kernel, *self._row(value_dim))
+
+    def short_tile(self, kernel: str, value_dim: int = 0) -> Tile | None:
+        """The tile for a short prompt, from its first token on; None for any other problem."""
+        q_len, kv_len = self.query.shape[2], self.key.shape[2]
+        return find_short_tile(kernel, *self._row(value_dim)) if q_len == kv_len <= SHORT else None
+
+    def _row(self, value_dim: int) -> tuple[str, int, torch.dtype, bool]:
+        return self.target, max(self.query.shape[-1], value_dim), self.query.dtype, self.masked
 
     def fast_tile(self, kernel: str) -> FastTile | None:
         """The row of a Gluon kernel, where it may run; None for the Triton kernel."""

@@ -16,24 +16,34 @@ from eah_kernels.triton.scores import add_entries, counting_rows, score_tile, sh
 
 
 @triton.jit
-def choose_head(b, batch, heads, tally, choice):
-    """Every program of batch row b comes here once, after its sinks; the last one chooses (spec, step 5).
+def comes_last(ticket, programs):
+    """Whether this program, which draws the ticket once, is the last of so many to do so.
 
-    Releasing its ticket at the one and acquiring at the other, the last program sees all counts; they are read from the
-    L2 cache, where atomics act.
+    Released at the one draw and acquired at the other, all that the others did before is seen; what they stored is read
+    from the L2 cache, where atomics act.
     """
-    came_before = tl.atomic_add(tally.progress + 2 * b, 1, sem="acq_rel")
-    if came_before == tl.num_programs(0) // batch - 1:
-        most, head = -1, -1
-        for start in range(0, heads, 128):
-            h = start + tl.arange(0, 128)
-            count = tl.load(tally.counts + b * heads + h, mask=h < heads, other=-1, cache_modifier=".cg")
-            most_here, head_here = tl.max(count, 0, return_indices=True, return_indices_tie_break_left=True)
-            head = tl.where(most_here > most, start + head_here, head)
-            most = tl.maximum(most, most_here)
-        image_tokens = tl.maximum(tl.load(tally.progress + 2 * b + 1), 1)
-        density = tl.div_rn(tl.cast(most, tl.float32), image_tokens.to(tl.float32))
-        tl.store(choice.head + b, tl.where((most > 0) & (density >= choice.min_density), head, -1))
+    return tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def choose_head(b, heads, counts, image_tokens, choice):
+    """Of batch row b, once the sinks of all its heads are counted (spec, step 5)."""
+    most, head = -1, -1
+    for start in range(0, heads, 128):
+        h = start + tl.arange(0, 128)
+        count = tl.load(counts + b * heads + h, mask=h < heads, other=-1, cache_modifier=".cg")
+        most_here, head_here = tl.max(count, 0, return_indices=True, return_indices_tie_break_left=True)
+        head = tl.where(most_here > most, start + head_here, head)
+        most = tl.maximum(most, most_here)
+    density = tl.div_rn(tl.cast(most, tl.float32), tl.maximum(image_tokens, 1).to(tl.float32))
+    tl.store(choice.head + b, tl.where((most > 0) & (density >= choice.min_density), head, -1))
+
+
+@triton.jit
+def finish(b, batch, heads, tally, choice):
+    """Every program of batch row b comes here once, after its sinks."""
+    if comes_last(tally.progress + 2 * b, tl.num_programs(0) // batch):
+        choose_head(b, heads, tally.counts, tl.load(tally.progress + 2 * b + 1), choice)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -51,7 +61,7 @@ def _sinks_kernel(
     is_image = tl.load(at(at(image.ptr, b, image.b), key, image.column), mask=key < kv_len, other=0) != 0
     if tl.sum(is_image.to(tl.int32), 0) == 0:
         if choice is not None:
-            choose_head(b, batch, heads, tally, choice)
+            finish(b, batch, heads, tally, choice)
         return
     q, k, minus_lse = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(minus_lse, b, h)
     cells, words, counts_of, before = packed.cells, packed.words, packed.counts, packed.before
@@ -103,7 +113,7 @@ def _sinks_kernel(
     sinks = tl.sum((is_image & (column_mean > threshold)).to(tl.int32), 0)
     tl.atomic_add(tally.counts + b * heads + h, sinks, sem="relaxed")
     if choice is not None:
-        choose_head(b, batch, heads, tally, choice)
+        finish(b, batch, heads, tally, choice)
     if mean is not None:
         tl.store(head_of(mean, b, h).ptr + key, column_mean, mask=is_image)
 

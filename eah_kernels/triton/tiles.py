@@ -46,6 +46,7 @@ class FastTile:
 
 
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
+SHORT = 768  # tokens of the longest prompt that SHORT_TILES are for
 SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
 
@@ -206,13 +207,74 @@ TILES = {
 }
 # By kernel, target and head dim. Built, executed as PTX, and not measured: only backend="triton", by name, takes them.
 FAST = {"lse": {"sm_90": {64: FastTile(192, 128, 4), 128: FastTile(192, 128, 4)}}}
+# For prompts up to SHORT. one_pass loads a tile of keys during the product of the one before where num_stages is 2.
+SHORT_TILES = {
+    "one_pass": {
+        "sm_80": {
+            "plain": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+            "masked": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        },
+        "sm_89": {
+            "plain": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+            "masked": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        },
+        "sm_90": {
+            "plain": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
+            "masked": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        },
+        "sm_100": {
+            "plain": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            "masked": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        },
+        "gfx942": {
+            "plain": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+            "masked": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+        },
+    },
+    "attend": {
+        "sm_80": {
+            "plain": (Tile(64, 64, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+        },
+        "sm_89": {
+            "plain": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+        },
+        "sm_90": {
+            "plain": (Tile(64, 64, 4, 2, 256), Tile(64, 64, 4, 2, 256), Tile(64, 64, 8, 2, 256)),
+            "masked": (Tile(64, 64, 4, 2, 256), Tile(64, 32, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
+        },
+        "sm_100": {
+            "plain": (Tile(64, 64, 4, 2, 256), Tile(64, 64, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(64, 64, 4, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+        },
+        "gfx942": {
+            "plain": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 16, 8, 2, 256)),
+        },
+    },
+}
 INTERPRETER = Tile(64, 64, num_warps=4, num_stages=1, value_width=256)
 
 
 def find_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
-    """The row for "lse", "sinks", "attend" or "few_rows"; head_dim is the larger of the key's and the value's."""
+    """The row of TILES for a kernel; head_dim is the larger of the key's and the value's."""
     if target == "interpreter":
         return INTERPRETER
-    kind = "float32" if dtype == torch.float32 else "masked" if masked else "plain"
-    bucket = next(i for i, most in enumerate(HEAD_DIMS) if head_dim <= most)
-    return TILES[kernel][target][kind][bucket]
+    return TILES[kernel][target][_kind(dtype, masked)][_bucket(head_dim)]
+
+
+def find_short_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile | None:
+    """The row of SHORT_TILES, if there is one."""
+    if target == "interpreter":
+        return INTERPRETER
+    tiles = SHORT_TILES[kernel][target].get(_kind(dtype, masked))
+    return tiles and tiles[_bucket(head_dim)]
+
+
+def _kind(dtype: torch.dtype, masked: bool) -> str:
+    return "float32" if dtype == torch.float32 else "masked" if masked else "plain"
+
+
+def _bucket(head_dim: int) -> int:
+    return next(i for i, most in enumerate(HEAD_DIMS) if head_dim <= most)

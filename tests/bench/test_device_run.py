@@ -131,6 +131,7 @@ def everybody_timed(noted, folder, captured):
     assert {"graph_ms", "host_ms", "graph_ratio_to_sdpa"} <= set(dense["EAH, triton"])
     kernels = {row["kernel"] for row in results(folder, "kernels")["rows"] if "median_ms" in row}
     assert {"lse", "sinks", "attend, shared map", "attend, own maps", "decode", "SDPA, flash"} <= kernels
+    assert {"one pass", "attend, shared map, short", "all of EAH", "all of EAH, one pass"} <= kernels
 
 
 def costs_taken_away(noted, folder, captured):

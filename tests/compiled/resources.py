@@ -9,7 +9,8 @@ Then, for NVIDIA, of each steady-state loop (blocks that every row sees whole, w
 issues per score; the same of the loop over the other blocks, at edges and where a mask splits them; and the clocks of a
 multiprocessor per score that the former's issues, exps and matrix products take alone. That is a model.
 `attend` has two loops: for the shared map and, with a running maximum, for a head's own map. `pack` and `few_rows` have
-none that counts.
+none that counts. `one_pass` has no loop: its issues are all its instructions, both ways of each branch, for the scores
+that it holds.
 
 Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, spills without
 the tile table (eah_kernels/triton/tiles.py) saying why, or reads shared memory through the async proxy without a
@@ -36,13 +37,13 @@ from triton.backends.compiler import GPUTarget
 
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
-from eah_kernels.triton import attend, few_rows, lse, pack, sinks
+from eah_kernels.triton import attend, few_rows, lse, one_pass, pack, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem
-from eah_kernels.triton.tiles import HEAD_DIMS, TILES
+from eah_kernels.triton.tiles import HEAD_DIMS, SHORT, SHORT_TILES, TILES
 
 from .fences import unfenced_reads
-from .sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop
+from .sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop, whole_program
 
 
 class Target(NamedTuple):
@@ -79,11 +80,14 @@ class StubDriver:
 
 
 class Row(NamedTuple):
+    """short: of SHORT_TILES."""
+
     kernel: str
     target: str
     kind: str
     head_dim: int
     mask: str = "bias"  # of kinds but plain: key, bool, bias (launch.Problem)
+    short: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,8 +137,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def make_launch(row: Row) -> Launch:
-    """The row's kernel as it is launched for a LLaVA-like layer: 32 heads, 1024 tokens, a batch of 2."""
-    batch, heads, length = 2, 32, 1024
+    """The row's kernel as it is launched for a LLaVA-like layer: 32 heads, 1024 tokens, batch 2; or a short one."""
+    batch, heads, length = (1, 8, SHORT) if row.short else (2, 32, 1024)
     q_len = 1 if row.kernel == "few_rows" else length
 
     def empty(*shape, dtype=row.dtype):
@@ -160,6 +164,9 @@ def make_launch(row: Row) -> Launch:
         return lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally)
     if row.kernel == "sinks":
         return sinks.sinks(problem, image_mask, minus_lse, 0.002, tally, choice=Choice(head, 0.0))
+    if row.kernel == "one_pass":
+        tickets = empty(batch * (heads + 1), dtype=torch.int32)
+        return one_pass.one_pass(problem, image_mask, 0.002, minus_lse, tally.counts, tickets, Choice(head, 0.0))
     output = empty_output(query, value)
     if row.kernel == "few_rows":
         return few_rows.few_rows(problem, value, head, output)[0]
@@ -169,21 +176,24 @@ def make_launch(row: Row) -> Launch:
 def rows(everything: bool) -> list[Row]:
     """Every row of the table, under every mask form; or sm_90's, and the plain output at head dim 128 of the others.
 
-    Of `few_rows` then only that on sm_90: CI has time for 40 builds.
+    Of `few_rows` and the short ones then only those on sm_90 at head dim 128: CI has time for 40 builds.
     """
     table = [
-        Row(kernel, target, kind, head_dim, mask)
-        for kernel, targets in TILES.items()
+        Row(kernel, target, kind, head_dim, mask, tiles is SHORT_TILES)
+        for tiles in (TILES, SHORT_TILES)
+        for kernel, targets in tiles.items()
         for target, kinds in targets.items()
         for kind in kinds
         for head_dim in HEAD_DIMS
         for mask in (("key", "bool", "bias") if kind == "masked" else ("bias",))
+        if kernel != "one_pass" or kind == "plain" or mask == "key"
     ]
     if not everything:
         primary = ("attend", "plain", 128)
         table = [r for r in table if r.target == "sm_90" or (r.kernel, r.kind, r.head_dim) == primary]
         table = [r for r in table if r.mask == "bias" or r.head_dim == 128]
         table = [r for r in table if r.kernel != "few_rows" or (r.kind, r.head_dim) == primary[1:]]
+        table = [r for r in table if not r.short or (r.target == "sm_90" and r.head_dim == 128 and r.mask != "bool")]
     targets = TARGETS if everything else ("sm_90",)
     return table + [Row("pack", target, "masked", 128, mask) for target in targets for mask in ("key", "bias")]
 
@@ -195,6 +205,8 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     target, tile = TARGETS[row.target], launch.tile
     elements = tile.block_m * tile.block_n / (32 * tile.num_warps)
     loops = {name: steady_loop(cost.code, elements, online) for name, online in LOOPS.get(row.kernel, {}).items()}
+    if row.kernel == "one_pass":
+        loops = {"one pass": whole_program(cost.code, tile.block_m * SHORT / (32 * tile.num_warps))}
     problems = []
     if cost.shared_bytes > target.shared_kib * 1024:
         problems.append(f"more than {target.shared_kib} KiB of shared memory")

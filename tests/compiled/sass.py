@@ -49,5 +49,14 @@ def steady_loop(code: str, elements_a_thread: float, online: bool) -> Loop | Non
     return Loop(len(best) / elements_a_thread, kinds["MUFU.EX2"] / elements_a_thread, scalar, edge)
 
 
+def whole_program(code: str, elements_a_thread: float) -> Loop | None:
+    """The same of a program without a loop, both ways of each of its branches."""
+    kinds = Counter(m[2].split()[0] for m in INSTRUCTION.finditer(code))
+    if not kinds:
+        return None
+    issues = kinds.total() / elements_a_thread
+    return Loop(issues, kinds["MUFU.EX2"] / elements_a_thread, 0, issues)
+
+
 def _holds(span: tuple[int, int], other: tuple[int, int]) -> bool:
     return span != other and span[0] <= other[0] and other[1] <= span[1]

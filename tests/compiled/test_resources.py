@@ -36,17 +36,20 @@ def test_every_kind_of_wrong_build_is_told():
     assert len(spilling) == 1 and spilling[0].startswith("spills ")
 
 
-def test_the_table_is_complete():
+@pytest.mark.parametrize("short", [False, True])
+def test_the_table_is_complete(short):
     from eah_kernels.triton.lse import LSE_PAD
+    from eah_kernels.triton.one_pass import KEYS_STEP
     from eah_kernels.triton.pack import PAD
-    from eah_kernels.triton.tiles import HEAD_DIMS, TILES
+    from eah_kernels.triton.tiles import HEAD_DIMS, SHORT_TILES, TILES
 
-    for kernel, targets in TILES.items():
+    for kernel, targets in (SHORT_TILES if short else TILES).items():
         assert set(targets) == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
         for kinds in targets.values():
-            assert set(kinds) == {"plain", "masked", "float32"}
+            assert set(kinds) == ({"plain", "masked"} if short else {"plain", "masked", "float32"})
             for tiles in kinds.values():
                 assert len(tiles) == len(HEAD_DIMS)
                 for tile, dim in zip(tiles, HEAD_DIMS, strict=True):
                     assert LSE_PAD % tile.block_m == PAD % tile.block_m == PAD % tile.block_n == 0
                     assert kernel != "attend" or tile.value_width >= dim
+                    assert kernel != "one_pass" or KEYS_STEP % tile.block_n == 0

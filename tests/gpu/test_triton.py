@@ -71,6 +71,47 @@ def test_no_host_synchronisation_and_graph_capture(mask):
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+def test_short_prompts_at_once():
+    """Side by side on four streams, and in four graphs, captured on one stream: what a launch counts in is its own."""
+    case = Case(q_len=648, heads=8, kv_heads=2, dim=128, peak=1.0)
+    prompts = [make(case, torch.float16, "cuda", seed) for seed in range(4)]
+    threshold = exact(prompts[0])[-1]
+    expected = [run(inputs, threshold, "triton") for inputs in prompts]
+    streams, graphs, captured = [torch.cuda.Stream() for _ in prompts], [], []
+    for inputs in prompts:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            captured.append(run(inputs, threshold, "triton"))
+    for _ in range(20):
+        torch.cuda.synchronize()
+        results = []
+        for stream, inputs in zip(streams, prompts, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(run(inputs, threshold, "triton"))
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for found in (results, captured):
+            for want, got in zip(expected, found, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_short_prompts_in_the_graphs_of_torch_compile():
+    """What is kept from call to call is not allocated among what belongs to a graph."""
+    inputs = make(Case(q_len=100, heads=4, kv_heads=2), torch.float16, "cuda")
+    tensors = inputs.query, inputs.key, inputs.value, inputs.image_mask
+    from eah_kernels.triton.one_pass import kept_tickets
+
+    kept_tickets.cache_clear()
+    compiled = torch.compile(lambda *given: eah_attention(*given, backend="triton"), mode="reduce-overhead")
+    found = [[part.clone() for part in compiled(*tensors)] for _ in range(4)]
+    expected = eah_attention(*tensors, backend="triton")
+    for result in found:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
 @pytest.mark.parametrize("case", DECODING + DECODING_MASKS, ids=str)
 def test_decoding_in_bfloat16(case):
     check_decoding(case, "triton", torch.bfloat16, "cuda")

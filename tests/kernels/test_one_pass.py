@@ -1,0 +1,112 @@
+"""Short prompts: log-sum-exps, sinks and the choice by one kernel, and a finer tile for the output."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from eah_kernels import reference
+from eah_kernels.masks import Scoring
+from tests.support.cases import Case, assert_close, exact, make, run
+
+pytest.importorskip("triton")
+
+from eah_kernels import triton as kernels
+from eah_kernels.triton import launch as launching
+from eah_kernels.triton import one_pass
+from eah_kernels.triton.launch import Launch, Problem
+
+SMALL = dict(heads=2, kv_heads=1, dim=16)
+EDGES = [
+    Case(q_len=1, image="all", **SMALL),
+    Case(q_len=2, image="all", **SMALL),
+    Case(q_len=64, image="absent", **SMALL),
+    Case(q_len=65, image="all", mask="left", batch=3, **SMALL),
+    Case(q_len=130, image="scattered", mask="right", batch=3, **SMALL),
+    Case(q_len=256, image="all", causal=False, batch=1, **SMALL),
+    Case(q_len=257, image="first", sliding_window=70, mask="left", **SMALL),
+    Case(q_len=200, image="scattered", causal=False, sliding_window=70, softcap=5.0, batch=1, **SMALL),
+    Case(q_len=768, image="scattered", mask="left", batch=1, **SMALL),
+    Case(q_len=769, image="middle", batch=1, **SMALL),
+]
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[Launch]:
+    """What is launched; on the meta device it is not run."""
+    found, run_it = [], Launch.run
+
+    def run(self):
+        found.append(self)
+        if not any(isinstance(a, torch.Tensor) and a.is_meta for v in self.arguments.values() for a in flat(v)):
+            run_it(self)
+
+    monkeypatch.setattr(Launch, "run", run)
+    return found
+
+
+def flat(value):
+    return [leaf for part in value for leaf in flat(part)] if isinstance(value, tuple) else [value]
+
+
+def names(launches: list[Launch]) -> list[str]:
+    return [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in launches]
+
+
+@pytest.mark.parametrize("case", EDGES, ids=str)
+def test_at_the_edges(case, launched, kernel_device):
+    inputs = make(case, device=kernel_device)
+    output, head, counts, *_, threshold = exact(inputs)
+    result = run(inputs, threshold, "triton")
+    assert torch.equal(result.sink_counts, counts) and torch.equal(result.head, head)
+    dtype = inputs.query.dtype
+    plain = reference.shared_map_attention(inputs.query, inputs.key, inputs.value, head, inputs.scoring, dtype)
+    assert_close(result.output, output, plain)
+    short = case.q_len <= 768 and kernel_device == "cpu"  # on a GPU, float32 is none of its tiles
+    statistics = ["one_pass"] if short else ["lse", "sinks"]
+    assert names(launched) == ["pack_keys"] * (case.mask is not None) + [*statistics, "attend"]
+
+
+@pytest.mark.parametrize("mask", [None, "left"])
+def test_tickets_serve_again(mask, kernel_device):
+    """What a launch leaves of its tickets, the next one starts from, also where batch rows leave at once."""
+    inputs = make(Case(q_len=70, batch=3, image="absent", mask=mask, **SMALL), torch.float16, kernel_device)
+    *_, threshold = exact(inputs)
+    want = run(inputs, threshold, "reference")
+    tickets = torch.zeros(3 * 3 + 4, dtype=torch.int32, device=kernel_device)
+    for _ in range(2):
+        with mock.patch.object(one_pass, "zeroed_tickets", lambda query: tickets):
+            result = run(inputs, threshold, "triton")
+        assert torch.equal(result.sink_counts, want.sink_counts) and torch.equal(result.head, want.head)
+        assert not tickets.any()
+
+
+@pytest.mark.parametrize("kv_heads", [32, 4])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_two_launches_and_half_the_work(target, kv_heads, launched, monkeypatch):
+    """Of the longest program of each launch: the tiles that it walks times the products of one."""
+
+    def longest(launch: Launch) -> int:
+        tile, length, rules = launch.tile, launch.arguments["q_len"], launch.arguments["R"]
+        walked = tile.block_m if names([launch]) == ["sinks"] else tile.block_n  # rows, under its keys
+        features = rules.MAIN + rules.TAIL
+        if "V" in launch.arguments:
+            features += launch.arguments["V"].HEADS * launch.arguments["V"].PAD
+        return -(-length // walked) * tile.block_m * tile.block_n * features
+
+    monkeypatch.setattr(launching, "device_target", lambda device: target)
+    query, key = (torch.empty(1, heads, 648, 128, dtype=torch.bfloat16, device="meta") for heads in (32, kv_heads))
+    problem = query, key, key, torch.empty(1, 648, dtype=torch.bool, device="meta")
+
+    def launches():
+        launched.clear()
+        kernels.eah_attention(*problem, 0.002, 0.0, Scoring(scale=0.1))
+        return list(launched)
+
+    now = launches()
+    monkeypatch.setattr(Problem, "short_tile", lambda self, *_: None)
+    before = launches()
+    assert names(now) == ["one_pass", "attend"] and names(before) == ["lse", "sinks", "attend"]
+    assert sum(map(longest, now)) <= sum(map(longest, before)) / 2
