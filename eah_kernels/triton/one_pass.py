@@ -120,17 +120,17 @@ def _one_pass_kernel(
                     R.MASK, True, True,
                 )  # fmt: skip
             row_max = tl.maximum(row_max, tl.max(score, 1))
-        scores = scores + (score,)
+        scores = scores + (score,)  # type: ignore[assignment]
         keys = following
 
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     exps = ()
     for tile in tl.static_range(TILES):
-        p = scores[tile]
+        p = scores[tile]  # type: ignore[var-annotated]
         if (first < tile * BLOCK_N + BLOCK_N) & (tile * BLOCK_N < end):
             p = tl.exp2(p - row_max[:, None])
             row_sum += tl.sum(p, 1)
-        exps = exps + (p,)
+        exps = exps + (p,)  # type: ignore[assignment]
     lse = tl.where((row < q_len) & (row_sum != 0), -row_max - tl.log2(row_sum), float("-inf"))
     tl.store(lse_ptr, lse)
 
