@@ -48,6 +48,7 @@ class FastTile:
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
 SHORT = 768  # tokens of the longest prompt that SHORT_TILES are for
 SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
+HELD = "a block of rows holds all its scores in registers; at most 32 bytes, once a program"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
 
 # plain: 16-bit, no mask or only causality and soft-cap. masked: 16-bit, a mask tensor or a window. float32: either.
@@ -208,15 +209,15 @@ TILES = {
 # By kernel, target and head dim. Built, executed as PTX, and not measured: only backend="triton", by name, takes them.
 FAST = {"lse": {"sm_90": {64: FastTile(192, 128, 4), 128: FastTile(192, 128, 4)}}}
 # For prompts up to SHORT. one_pass loads a tile of keys during the product of the one before where num_stages is 2.
-SHORT_TILES = {
+SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
     "one_pass": {
         "sm_80": {
-            "plain": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
-            "masked": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+            "plain": (Tile(64, 64, 8, 1, spills=HELD), Tile(64, 64, 8, 1), None),
+            "masked": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1, spills=HELD), None),
         },
         "sm_89": {
-            "plain": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
-            "masked": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+            "plain": (Tile(64, 64, 8, 1, spills=HELD), Tile(64, 64, 8, 1, spills=HELD), None),
+            "masked": (Tile(64, 64, 8, 1, spills=HELD), Tile(64, 64, 8, 1, spills=HELD), None),
         },
         "sm_90": {
             "plain": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
@@ -224,11 +225,11 @@ SHORT_TILES = {
         },
         "sm_100": {
             "plain": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-            "masked": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            "masked": (None, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
         },
         "gfx942": {
-            "plain": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
-            "masked": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+            "plain": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), None),
+            "masked": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), None),
         },
     },
     "attend": {

@@ -186,7 +186,7 @@ def rows(everything: bool) -> list[Row]:
         for kind in kinds
         for head_dim in HEAD_DIMS
         for mask in (("key", "bool", "bias") if kind == "masked" else ("bias",))
-        if kernel != "one_pass" or kind == "plain" or mask == "key"
+        if kernel != "one_pass" or ((kind == "plain" or mask == "key") and kinds[kind][HEAD_DIMS.index(head_dim)])
     ]
     if not everything:
         primary = ("attend", "plain", 128)
