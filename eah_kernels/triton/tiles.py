@@ -212,7 +212,7 @@ FAST = {"lse": {"sm_90": {64: FastTile(192, 128, 4), 128: FastTile(192, 128, 4)}
 SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
     "one_pass": {
         "sm_80": {
-            "plain": (Tile(64, 64, 8, 1, spills=HELD), Tile(64, 64, 8, 1), None),
+            "plain": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), None),
             "masked": (Tile(64, 64, 8, 1), Tile(64, 64, 8, 1, spills=HELD), None),
         },
         "sm_89": {
@@ -225,7 +225,7 @@ SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
         },
         "sm_100": {
             "plain": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-            "masked": (None, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            "masked": (Tile(64, 128, 8, 2, spills=HELD), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
         },
         "gfx942": {
             "plain": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), None),
@@ -234,7 +234,7 @@ SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
     },
     "attend": {
         "sm_80": {
-            "plain": (Tile(64, 64, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
             "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
         },
         "sm_89": {
@@ -242,15 +242,15 @@ SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
             "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
         },
         "sm_90": {
-            "plain": (Tile(64, 64, 4, 2, 256), Tile(64, 64, 4, 2, 256), Tile(64, 64, 8, 2, 256)),
-            "masked": (Tile(64, 64, 4, 2, 256), Tile(64, 32, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(64, 64, 4, 2, 256), Tile(64, 32, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
         },
         "sm_100": {
             "plain": (Tile(64, 64, 4, 2, 256), Tile(64, 64, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
-            "masked": (Tile(64, 64, 4, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
         },
         "gfx942": {
-            "plain": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 16, 8, 2, 256)),
             "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 16, 8, 2, 256)),
         },
     },
@@ -270,7 +270,7 @@ def find_short_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype,
     if target == "interpreter":
         return INTERPRETER
     tiles = SHORT_TILES[kernel][target].get(_kind(dtype, masked))
-    return tiles and tiles[_bucket(head_dim)]
+    return tiles[_bucket(head_dim)] if tiles else None
 
 
 def _kind(dtype: torch.dtype, masked: bool) -> str:
