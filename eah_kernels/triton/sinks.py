@@ -125,6 +125,12 @@ def sinks(
 
     With a choice, whose tally is as `lse` leaves it, also writes every batch row's chosen head.
     """
+    fast = problem.fast_tile("sinks")
+    if fast:
+        from eah_kernels.triton.hopper import sinks as hopper  # Gluon is not everywhere
+
+        form = dict(column_mean=column_mean, choice=choice)
+        return hopper.sinks(problem, fast, image_mask, minus_lse, threshold, tally, **form)
     tile = problem.tile("sinks")
     batch, heads, _, _ = problem.query.shape
     mean = None if column_mean is None else view(column_mean, "b h column")

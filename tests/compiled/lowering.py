@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter
 
 import numpy as np
 
@@ -21,6 +22,7 @@ INSTRUCTION = np.dtype(
     [("op", "u2"), ("size", "u1"), ("count", "u1"), ("flags", "u1"), ("targets", "u1"), ("negated", "u1")]
     + [("unused", "u1"), ("guard", "i4"), ("operands", "i4"), ("number", "i4"), ("padding", "i4"), ("immediate", "i8")]
 )
+REGISTER = re.compile(r"%\w+")
 TMA_LOAD = r"cp\.async\.bulk\.tensor\.[1-5]d\.shared::c(ta|luster)\.global(\.tile)?\.mbarrier::complete_tx::bytes"
 BARRIERS = ("bar.sync", "barrier.sync")
 MEMORY_WORDS = {"global", "gpu", "L1::no_allocate", "cg", "ca", "weak", "relaxed", "acquire", "release", "acq_rel"}
@@ -36,6 +38,9 @@ class Program:
         self.next_slot = 0
         self.pool: list[int] = []
         self.source: list[Statement] = []
+        self.mentions = Counter(
+            r for s in kernel.statements for o in (*s.operands, s.guard) for r in REGISTER.findall(o)
+        )
         rows: list[tuple] = []
         labels: dict[str, int] = {}
         branches: list[tuple[int, str]] = []
@@ -250,6 +255,11 @@ class Program:
             if flags & RELEASE:
                 raise KeyError(statement.opcode)
             self._emit(rows, statement, f"ST_{space.upper()}", [base, *slots], 0, offset, size, count, flags)
+        elif space == "shared" and any(self.mentions[v] == 1 for v in values):
+            # A vector with gaps, filled by the compiler: what nobody reads need not have been written.
+            for at, (value, slot) in enumerate(zip(values, slots, strict=True)):
+                if self.mentions[value] > 1:
+                    self._emit(rows, statement, "LD_SHARED", [slot, base], 1, offset + at * size, size, 1, flags)
         else:
             self._emit(rows, statement, f"LD_{space.upper()}", [*slots, base], count, offset, size, count, flags)
 

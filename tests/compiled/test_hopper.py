@@ -23,7 +23,8 @@ from .triton_launch import compiled
 HALF, BRAIN = torch.float16, torch.bfloat16
 KERNELS = [f"_{kernel}_kernel" for kernel in FAST]
 SMALL = Case(q_len=299, kv_len=300, batch=1, heads=2, kv_heads=1, dim=128)
-LONG = Case(q_len=300, kv_len=640, batch=1, heads=1, kv_heads=1, dim=128, image="all")  # five tiles of keys
+LONG = Case(q_len=430, kv_len=640, batch=1, heads=1, kv_heads=1, dim=128)  # four tiles of rows, five of keys
+UNFELT = {("early_release", "_sinks_kernel"): 3}  # each group's last tile: nothing comes to its place any more
 PLACES = None if os.environ.get("ALL") else 3
 
 
@@ -121,5 +122,7 @@ def test_a_planted_fault_is_noticed(fault, kernel, recorded):
     replay = recorded[kernel]
     source = replay.launched.program.kernel
     planted = [found for at in range(len(source.statements)) if (found := fault(source.statements, at))]
+    missed = 0
     for statements in planted[:: max(len(planted) // PLACES, 1) if PLACES else 1]:
-        assert replay.caught(Executable(Program(source._replace(statements=tuple(statements)))))
+        missed += not replay.caught(Executable(Program(source._replace(statements=tuple(statements)))))
+    assert planted and missed <= UNFELT.get((fault.__name__, kernel), 0)

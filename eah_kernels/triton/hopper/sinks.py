@@ -1,0 +1,195 @@
+"""As ../sinks.py, for sm_90: three groups of warps with 64 keys each share the tiles of rows that a fourth brings.
+
+The product with the next tile is under way while a tile's exps are taken and added; the loop goes two tiles a step, so
+that no score is copied from register to register. Of a group without an image token the tiles are only given back.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from eah_kernels.triton.bundles import Choice, Tally
+from eah_kernels.triton.hopper.ring import (
+    LENGTHS,
+    ROWS,
+    bring,
+    bring_parts,
+    descriptor,
+    finish_product,
+    leave_out,
+    make_ring,
+    matrix,
+    scores_layout,
+    start_product,
+)
+from eah_kernels.triton.launch import Launch, Problem, view
+from eah_kernels.triton.loads import at, head_of
+from eah_kernels.triton.tiles import FastTile
+
+GROUPS: gl.constexpr = gl.constexpr(3)
+
+
+@gluon.jit
+def choose_head(b, batch, heads, tally, choice):
+    """As in ../sinks.py: every program of batch row b comes here once, after its sinks; the last one chooses."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    came_before = gl.atomic_add(tally.progress + 2 * b, 1, sem="acq_rel")
+    if came_before == gl.num_programs(0) // batch - 1:
+        most, head = -1, -1
+        for start in range(0, heads, 128):
+            h = start + gl.arange(0, 128, LAYOUT)
+            count = gl.load(tally.counts + b * heads + h, mask=h < heads, other=-1, cache_modifier=".cg")
+            most_here = gl.max(count, 0)
+            head_here = gl.min(gl.where(count == most_here, h, heads), 0)
+            head = gl.where(most_here > most, head_here, head)
+            most = gl.maximum(most, most_here)
+        image_tokens = gl.maximum(gl.load(tally.progress + 2 * b + 1), 1)
+        density = gl.div_rn(most.to(gl.float32), image_tokens.to(gl.float32))
+        gl.store(choice.head + b, gl.where((most > 0) & (density >= choice.min_density), head, -1))
+
+
+@gluon.jit
+def produce(q, k, columns, columns_ready, ring, b, h, kv_h, start_n, start_m, blocks):
+    BLOCK_M: gl.constexpr = q.block_type.shape[2]
+    bring_parts(columns, columns_ready, k, b, kv_h, start_n)
+    for n in range(blocks):
+        bring(ring, n, q, b, h, start_m + n * BLOCK_M)
+
+
+@gluon.jit
+def probabilities(score, lse_ptr, start_m, factor):
+    """Their sums over the tile's rows. lse_ptr: negated log-sum-exps, in log2 units."""
+    local_m = gl.arange(0, score.shape[1], gl.SliceLayout(0, score.type.layout))
+    row_lse = gl.load(lse_ptr + start_m + local_m)
+    return gl.sum(gl.exp2(score * factor + row_lse[None, :]), 1)
+
+
+@gluon.jit
+def hide(score, first_row, key):
+    """-inf where the row, the first of which has its own key at first_row, does not come after the key."""
+    local_m = gl.arange(0, score.shape[1], gl.SliceLayout(0, score.type.layout))
+    return gl.where(local_m[None, :] > (key - first_row)[:, None], score, float("-inf"))
+
+
+@gluon.jit
+def consume(
+    columns, columns_ready, ring, sums, image_ptr, image_stride, lse_ptr,
+    start_n, start_m, blocks, q_len, kv_len, factor, PART: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = ring.tiles.shape[3]
+    BY_KEY: gl.constexpr = gl.SliceLayout(1, scores_layout(BLOCK_M))
+    start_n += PART * ROWS
+    key = start_n + gl.arange(0, ROWS, BY_KEY)
+    is_image = gl.load(at(image_ptr, key, image_stride), mask=key < kv_len, other=0)
+    offset = kv_len - q_len
+    mass = gl.full([ROWS], 0.0, gl.float32, BY_KEY)
+    first = gl.maximum(start_n + 1 - offset - start_m, 0) // BLOCK_M
+    full = gl.cdiv(gl.maximum(start_n + ROWS - offset - start_m, 0), BLOCK_M)
+    any_image = gl.sum(is_image.to(gl.int32), 0) > 0
+    first = gl.where(any_image, gl.minimum(first, blocks), blocks)
+    full = gl.where(any_image, gl.minimum(full, blocks), blocks)
+    own = matrix(columns.index(PART))
+    mbarrier.wait(columns_ready, 0)
+    leave_out(ring, 0, first)
+    for n in range(first, full):
+        score = finish_product(start_product(own, ring, n), ring, n)
+        row = start_m + n * BLOCK_M
+        mass += probabilities(hide(score, row + offset, key), lse_ptr, row, factor)
+    if full < blocks:  # the blocks whose rows all see every key
+        edge = full + (blocks - full - 1) // 2 * 2
+        score = finish_product(start_product(own, ring, full), ring, full)
+        for n in range(full, edge, 2):
+            following = start_product(own, ring, n + 1)
+            mass += probabilities(score, lse_ptr, start_m + n * BLOCK_M, factor)
+            following = finish_product(following, ring, n + 1)
+            score = start_product(own, ring, n + 2)
+            mass += probabilities(following, lse_ptr, start_m + (n + 1) * BLOCK_M, factor)
+            score = finish_product(score, ring, n + 2)
+        mass += probabilities(score, lse_ptr, start_m + edge * BLOCK_M, factor)
+        for n in range(edge + 1, blocks):  # one at most
+            score = finish_product(start_product(own, ring, n), ring, n)
+            mass += probabilities(score, lse_ptr, start_m + n * BLOCK_M, factor)
+    sums.index(PART).store(mass)
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
+def _sinks_kernel(
+    q, k, image, minus_lse, tally, mean, threshold, choice, batch, heads, q_len, kv_len, scale,
+    GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As the Triton kernel."""
+    BLOCK_M: gl.constexpr = q.block_type.shape[2]
+    BLOCK_N: gl.constexpr = GROUPS * ROWS
+    pid = gl.program_id(0)
+    b = pid % batch
+    h = pid // batch % heads
+    start_n = pid // (batch * heads) * BLOCK_N  # longest columns first
+    image_ptr = at(image.ptr, b, image.b)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    local_n = gl.arange(0, 256, LAYOUT)
+    among = (local_n < BLOCK_N) & (start_n + local_n < kv_len)
+    is_image = gl.load(at(image_ptr, start_n + local_n, image.column), mask=among, other=0).to(gl.int32)
+    if gl.sum(is_image, 0) == 0:
+        if choice is not None:
+            choose_head(b, batch, heads, tally, choice)
+        return
+    columns = gl.allocate_shared_memory(k.dtype, [GROUPS] + k.block_type.shape, k.layout)
+    columns_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(columns_ready, count=1)
+    ring = make_ring(q, STAGES, GROUPS)
+    sums = gl.allocate_shared_memory(gl.float32, [GROUPS, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    lse_ptr = head_of(minus_lse, b, h).ptr
+    start_m = gl.maximum(start_n + 1 - (kv_len - q_len), 0) // BLOCK_M * BLOCK_M
+    blocks = gl.maximum(gl.cdiv(q_len - start_m, BLOCK_M), 0)
+    fence_async_shared()  # TMA writes where sums and the mbarriers were written
+    gl.warp_specialize(
+        [
+            (consume, (columns, columns_ready, ring, sums, image_ptr, image.column, lse_ptr,
+                start_n, start_m, blocks, q_len, kv_len, scale.factor, 0)),
+            (consume, (columns, columns_ready, ring, sums, image_ptr, image.column, lse_ptr,
+                start_n, start_m, blocks, q_len, kv_len, scale.factor, 1)),
+            (consume, (columns, columns_ready, ring, sums, image_ptr, image.column, lse_ptr,
+                start_n, start_m, blocks, q_len, kv_len, scale.factor, 2)),
+            (produce, (q, k, columns, columns_ready, ring, b, h, h // GROUP, start_n, start_m, blocks)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],  # registers a thread; the first group gets the rest, 168
+    )  # fmt: skip
+    sinks = 0
+    for part in gl.static_range(GROUPS):
+        key = start_n + part * ROWS + gl.arange(0, ROWS, LAYOUT)
+        is_image = gl.load(at(image_ptr, key, image.column), mask=key < kv_len, other=0) != 0
+        seeing = kv_len - gl.maximum(key + 1, kv_len - q_len)
+        column_mean = gl.div_rn(sums.index(part).load(LAYOUT), gl.maximum(seeing, 1).to(gl.float32))
+        sinks += gl.sum((is_image & (column_mean > threshold)).to(gl.int32), 0)
+        if mean is not None:
+            gl.store(head_of(mean, b, h).ptr + key, column_mean, mask=is_image)
+    gl.atomic_add(tally.counts + b * heads + h, sinks, sem="relaxed")
+    if choice is not None:
+        choose_head(b, batch, heads, tally, choice)
+
+
+def sinks(
+    problem: Problem,
+    tile: FastTile,
+    image_mask,
+    minus_lse,
+    threshold,
+    tally: Tally,
+    *,
+    column_mean,
+    choice: Choice | None,
+) -> Launch:
+    """As ../sinks.py."""
+    batch, heads, _, _ = problem.query.shape
+    mean = None if column_mean is None else view(column_mean, "b h column")
+    return Launch(
+        _sinks_kernel,
+        batch * heads * triton.cdiv(problem.key.shape[2], tile.block_n),
+        tile,
+        dict(q=descriptor(problem.query, tile.block_m), k=descriptor(problem.key, ROWS.value), threshold=threshold)
+        | dict(image=problem.image(image_mask), minus_lse=view(minus_lse, "b h column"), mean=mean, choice=choice)
+        | {name: problem.arguments[name] for name in ("batch", "q_len", "kv_len", "scale")}
+        | dict(tally=tally, heads=heads, GROUP=problem.rules.GROUP, STAGES=tile.stages),
+    )
