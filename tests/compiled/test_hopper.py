@@ -14,7 +14,7 @@ import torch
 from eah_kernels import reference
 from eah_kernels.triton.tiles import FAST
 
-from ..support.cases import Case, assert_close, exact, make, run
+from ..support.cases import Case, assert_close, check, exact, make, run
 from .emulator import Executable
 from .lowering import Program
 from .problems import Replay, spaced
@@ -57,6 +57,12 @@ def test_right_in_every_order(case, dtype):
     assert_close(results[0].output, output, plain)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_statistics_and_a_given_head():
+    """Without a tally, with column means; the log-sum-exps of one head alone."""
+    with compiled("sm_90", seed=2, gluon=True):
+        check(Case(q_len=150, kv_len=210, heads=2, kv_heads=2, image="scattered"), "triton", HALF)
 
 
 @pytest.fixture(scope="module")

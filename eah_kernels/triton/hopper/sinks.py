@@ -45,7 +45,7 @@ def choose_head(b, batch, heads, tally, choice):
             head = gl.where(most_here > most, head_here, head)
             most = gl.maximum(most, most_here)
         image_tokens = gl.maximum(gl.load(tally.progress + 2 * b + 1), 1)
-        density = gl.div_rn(most.to(gl.float32), image_tokens.to(gl.float32))
+        density = gl.div_rn(gl.cast(most, gl.float32), gl.cast(image_tokens, gl.float32))
         gl.store(choice.head + b, gl.where((most > 0) & (density >= choice.min_density), head, -1))
 
 
