@@ -163,7 +163,7 @@ def lend(
     mask: Any,
     block: HeadBlock | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same by any ordinary attention, for its gradients or its maps, and with the chosen head in another process.
+    """As `attend`, by any ordinary attention: for its gradients or maps, and with the chosen head in another process.
 
     Ordinary attention gives every head the chosen head's map when it is given that head's query and key in the place of
     every head's; the heads that do not receive it come from a second run.
