@@ -1,9 +1,10 @@
 """What travels together through the kernels, by name; and what their numbers mean.
 
 A bundle is a NamedTuple. Triton flattens it into the parameters of the compiled kernel and specialises each member as
-if it stood alone. Two limits (triton 3.6 and 3.7.1): `do_not_specialize` does not reach into a bundle, so kernels take
-the lengths one by one and bundle them inside; and 3.6 passes no string on from a constexpr bundle, so whoever needs
-PRECISION binds it to a name first. Fields in capitals are constexpr.
+if it stood alone. Three limits (triton 3.6 and 3.7.1): `do_not_specialize` does not reach into a bundle, so kernels
+take the lengths one by one and bundle them inside; 3.6 passes no string on from a constexpr bundle, so whoever needs
+PRECISION binds it to a name first; and past an early return 3.6 has lost a stride of 1 in a bundle's last bundle, so
+kernels bind the views of a Packed to names before they may return. Fields in capitals are constexpr.
 """
 
 from __future__ import annotations

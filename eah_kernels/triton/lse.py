@@ -30,6 +30,7 @@ def _lse_kernel(
     h = pid // batch % heads
     start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
     out_ptr = head_of(minus_lse, b, h).ptr + start_m
+    cells, words = packed.cells, packed.words
     if head_ptr is not None:
         h = tl.load(head_ptr + b)
         if h < 0:
@@ -44,7 +45,6 @@ def _lse_kernel(
         if image_tokens == 0:
             return
     q, k = head_of(q, b, h), head_of(k, b, h // R.GROUP)
-    cells, words = packed.cells, packed.words
     if R.MASK != NO_MASK:
         mask, cells = head_of(mask, b, h), head_of(cells, b, h)
     if not R.BY_KEY:

@@ -72,6 +72,7 @@ def _one_pass_kernel(
     b = pid % batch
     h = pid // batch % heads
     start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
+    before = packed.before
     image_tokens = count_image_tokens(image, b, q_len)
     if image_tokens == 0:
         if start_m == 0:
@@ -85,7 +86,7 @@ def _one_pass_kernel(
     if start_m >= q_len:
         tl.store(lse_ptr, tl.full([BLOCK_M], float("-inf"), tl.float32))
         return
-    q, k, mass, before = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(mass, b, h), packed.before
+    q, k, mass = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(mass, b, h)
     if R.MASK == KEY_MASK:
         mask, before = head_of(mask, b, h), head_of(before, b, 0)
 

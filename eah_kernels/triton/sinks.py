@@ -58,13 +58,13 @@ def _sinks_kernel(
     start_n = pid // (batch * heads) * BLOCK_N  # under a causal mask, longest columns first
     local_n = tl.arange(0, BLOCK_N)
     key = start_n + local_n
+    cells, words, counts_of, before = packed.cells, packed.words, packed.counts, packed.before
     is_image = tl.load(at(at(image.ptr, b, image.b), key, image.column), mask=key < kv_len, other=0) != 0
     if tl.sum(is_image.to(tl.int32), 0) == 0:
         if choice is not None:
             finish(b, batch, heads, tally, choice)
         return
     q, k, minus_lse = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(minus_lse, b, h)
-    cells, words, counts_of, before = packed.cells, packed.words, packed.counts, packed.before
     if R.MASK != NO_MASK:
         mask, cells = head_of(mask, b, h), head_of(cells, b, h)
     if R.MASK == KEY_MASK:
