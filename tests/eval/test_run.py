@@ -212,6 +212,7 @@ def test_other_settings_are_refused_by_name_before_the_weights_are_read(saved_mo
             (("--batch-size", 2), "batch_size was 4 and is 2"),
             (("--prompt-suffix", "llava"), "prompt_suffix was '' and is '\\nAnswer the question using a single word"),
             (("--limit", 3), "limit was None and is 3"),
+            (("--seeds", 1), "seeds was [0] and is [1]"),
         ):
             status, out, err = run(capsys, saved_model, finished, *SWEEP, *more)
             assert status == 1 and out == "" and err.count("\n") == 1 and named in err

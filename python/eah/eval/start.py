@@ -46,6 +46,7 @@ def start(benchmark, scoring: dict, arguments) -> int:
         "limit": arguments.limit,
         "subsets": arguments.subsets,
         "seed": arguments.seed,
+        "seeds": arguments.seeds,
         "prompt": arguments.prompt,
         "prompt_suffix": SUFFIXES.get(arguments.prompt_suffix, arguments.prompt_suffix),
         "prompt_format": arguments.prompt_format,
