@@ -35,15 +35,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class FastTile:
-    """A row of the Gluon kernels (hopper/): block_m query rows x block_n keys, `stages` tiles in shared memory.
-
-    spills: as in Tile.
-    """
+    """A row of the Gluon kernels (hopper/): block_m query rows x block_n keys, `stages` tiles in shared memory."""
 
     block_m: int
     block_n: int
     stages: int
-    spills: str = ""
 
     def options(self) -> dict[str, int]:
         return {"num_warps": 4}  # of each group that computes
@@ -53,7 +49,6 @@ HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
 SHORT = 768  # tokens of the longest prompt that SHORT_TILES are for
 SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
 HELD = "a block of rows holds all its scores in registers; at most 32 bytes, once a program"
-ONCE = "one or two registers, once a program, beside its loops"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
 
 # plain: 16-bit, no mask or only causality and soft-cap. masked: 16-bit, a mask tensor or a window. float32: either.
@@ -214,7 +209,7 @@ TILES = {
 # By kernel, target and head dim. Built, executed as PTX, and not measured: only backend="triton", by name, takes them.
 FAST = {
     "lse": {"sm_90": {64: FastTile(192, 128, 4), 128: FastTile(192, 128, 4)}},
-    "sinks": {"sm_90": {64: FastTile(128, 192, 4), 128: FastTile(128, 192, 4, spills=ONCE)}},
+    "sinks": {"sm_90": {64: FastTile(128, 192, 4), 128: FastTile(128, 192, 4)}},
 }
 # For prompts up to SHORT. one_pass loads a tile of keys during the product of the one before where num_stages is 2.
 SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {

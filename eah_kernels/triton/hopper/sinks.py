@@ -1,7 +1,7 @@
 """As ../sinks.py, for sm_90: three groups of warps with 64 keys each share the tiles of rows that a fourth brings.
 
 The product with the next tile is under way while a tile's exps are taken and added; the loop goes two tiles a step, so
-that no score is copied from register to register. Of a group without an image token the tiles are only given back.
+that no score is copied from register to register.
 """
 
 import triton
@@ -74,21 +74,19 @@ def hide(score, first_row, key):
 
 @gluon.jit
 def consume(
-    columns, columns_ready, ring, sums, image_ptr, image_stride, lse_ptr,
+    columns, columns_ready, ring, sums, lse_ptr,
     start_n, start_m, blocks, q_len, kv_len, factor, PART: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = ring.tiles.shape[3]
     BY_KEY: gl.constexpr = gl.SliceLayout(1, scores_layout(BLOCK_M))
     start_n += PART * ROWS
     key = start_n + gl.arange(0, ROWS, BY_KEY)
-    is_image = gl.load(at(image_ptr, key, image_stride), mask=key < kv_len, other=0)
     offset = kv_len - q_len
     mass = gl.full([ROWS], 0.0, gl.float32, BY_KEY)
     first = gl.maximum(start_n + 1 - offset - start_m, 0) // BLOCK_M
     full = gl.cdiv(gl.maximum(start_n + ROWS - offset - start_m, 0), BLOCK_M)
-    any_image = gl.sum(is_image.to(gl.int32), 0) > 0
-    first = gl.where(any_image, gl.minimum(first, blocks), blocks)
-    full = gl.where(any_image, gl.minimum(full, blocks), blocks)
+    first = gl.minimum(first, blocks)
+    full = gl.minimum(full, blocks)
     own = matrix(columns.index(PART))
     mbarrier.wait(columns_ready, 0)
     leave_out(ring, 0, first)
@@ -145,11 +143,11 @@ def _sinks_kernel(
     fence_async_shared()  # TMA writes where sums and the mbarriers were written
     gl.warp_specialize(
         [
-            (consume, (columns, columns_ready, ring, sums, image_ptr, image.column, lse_ptr,
+            (consume, (columns, columns_ready, ring, sums, lse_ptr,
                 start_n, start_m, blocks, q_len, kv_len, scale.factor, 0)),
-            (consume, (columns, columns_ready, ring, sums, image_ptr, image.column, lse_ptr,
+            (consume, (columns, columns_ready, ring, sums, lse_ptr,
                 start_n, start_m, blocks, q_len, kv_len, scale.factor, 1)),
-            (consume, (columns, columns_ready, ring, sums, image_ptr, image.column, lse_ptr,
+            (consume, (columns, columns_ready, ring, sums, lse_ptr,
                 start_n, start_m, blocks, q_len, kv_len, scale.factor, 2)),
             (produce, (q, k, columns, columns_ready, ring, b, h, h // GROUP, start_n, start_m, blocks)),
         ],
