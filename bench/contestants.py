@@ -148,17 +148,17 @@ def shared_map(backend: str) -> Callable[[Inputs], Tensor]:
 
 
 def decoding_in(programs: int) -> Callable[[Inputs], Tensor]:
-    """The Triton decoding kernel split into about so many programs, where it ships with few_rows.PROGRAMS."""
+    """The Triton decoding kernel split as for so many multiprocessors, each with a program."""
     shipped = shared_map("triton")
 
     def run(inputs: Inputs) -> Tensor:
         from eah_kernels.triton import few_rows
 
-        before, few_rows.PROGRAMS = few_rows.PROGRAMS, programs
+        before, few_rows.multiprocessors = few_rows.multiprocessors, lambda device, target: programs
         try:
             return shipped(inputs)
         finally:
-            few_rows.PROGRAMS = before
+            few_rows.multiprocessors = before
 
     return run
 

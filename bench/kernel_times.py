@@ -25,7 +25,7 @@ from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
 from eah_kernels.triton import attend, few_rows, lse, one_pass, sinks
 from eah_kernels.triton.bundles import Choice, Tally
-from eah_kernels.triton.launch import Launch, Problem
+from eah_kernels.triton.launch import Launch, Problem, image_bytes
 
 from .contestants import SDPA, sdpa
 from .layers import Inputs, Layer, make_inputs
@@ -75,11 +75,11 @@ def launches(layer: Layer, inputs: Inputs, variant: Variant = SHIPPED) -> dict[s
     else:
         minus_lse = query.new_empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
         tally = Tally(*(query.new_zeros(batch, n, dtype=torch.int32) for n in (heads, 2)))
-        choice = Choice(torch.zeros_like(head), 0.0)
+        choice, image = Choice(torch.zeros_like(head), 0.0), image_bytes(inputs.image_mask)
         problem.short_tile = lambda *_: None
         found = {
-            "lse": [lse.lse(problem, minus_lse, image_mask=inputs.image_mask, tally=tally)],
-            "sinks": [sinks.sinks(problem, inputs.image_mask, minus_lse, inputs.threshold, tally, choice=choice)],
+            "lse": [lse.lse(problem, minus_lse, image=image, tally=tally)],
+            "sinks": [sinks.sinks(problem, image, minus_lse, inputs.threshold, tally, choice=choice)],
             "attend, shared map": [attend.attend(problem, value, head, output, minus_lse)],
             "attend, own maps": [attend.attend(problem, value, head - 1, output, minus_lse)],
         }

@@ -6,6 +6,7 @@ A backend is a module with `eah_attention`, `sink_statistics` and `shared_map_at
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from eah_kernels.masks import Scoring
 SCORING = "Tensor? attention_mask, bool causal, float scale, int? sliding_window, float? softcap, str backend"
 
 
+@cache
 def _backend(name: str) -> ModuleType:
     module = ROWS[name].module
     assert module is not None, f"{name} is called without an op"

@@ -17,62 +17,72 @@ from eah_kernels.triton import one_pass as _one_pass
 from eah_kernels.triton import pack as _pack
 from eah_kernels.triton import sinks as _sinks
 from eah_kernels.triton.bundles import Choice, Tally
-from eah_kernels.triton.launch import LOG2E, Problem
+from eah_kernels.triton.launch import LOG2E, Problem, image_bytes, narrow
+from eah_kernels.triton.plan import plan_of
 
 
 def eah_attention(query, key, value, image_mask, threshold, min_density, scoring: Scoring, fast: bool = False):
-    problem = Problem(query, key, scoring, fast=fast)
+    problem, value, image = Problem(query, key, scoring, fast=fast), narrow(value), image_bytes(image_mask)
     batch, heads, q_len, _ = query.shape
-    sink_counts = query.new_empty(batch, heads, dtype=torch.int32)
+    output = empty_output(query, value)
     minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
+    sink_counts = query.new_empty(batch, heads, dtype=torch.int32)
     head = query.new_empty(batch, dtype=torch.int32)
     choice = Choice(head, min_density)
-    output = empty_output(query, value)
     with torch.cuda.device_of(query):
-        if problem.mask is not None:
-            _pack.pack(problem, problem.mask).run()
+        plan = plan_of("eah_attention", problem, value.shape[3], scoring.attention_mask, value, image, output)
+        if scoring.attention_mask is not None:
+            plan.launch(_pack.pack(problem, scoring.attention_mask))
         if _one_pass.takes(problem):
             tickets = _one_pass.zeroed_tickets(query)
-            _one_pass.one_pass(problem, image_mask, threshold, minus_lse, sink_counts, tickets, choice).run()
+            plan.launch(_one_pass.one_pass(problem, image, threshold, minus_lse, sink_counts, tickets, choice))
         else:
             tally = Tally(sink_counts, query.new_empty(batch, 2, dtype=torch.int32))
-            _lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally).run()
-            _sinks.sinks(problem, image_mask, minus_lse, threshold, tally, choice=choice).run()
-        _attend.attend(problem, value, head, output, minus_lse).run()
+            plan.launch(
+                _lse.lse(problem, minus_lse, image=image, tally=tally),
+                _sinks.sinks(problem, image, minus_lse, threshold, tally, choice=choice),
+            )
+        plan.launch(_attend.attend(problem, value, head, output, minus_lse))
     return output, head, sink_counts
 
 
 def sink_statistics(query, key, image_mask, threshold, return_column_mean, scoring: Scoring, fast: bool = False):
-    problem = Problem(query, key, scoring, fast=fast)
+    problem, image = Problem(query, key, scoring, fast=fast), image_bytes(image_mask)
     batch, heads, q_len, _ = query.shape
     sink_counts = query.new_zeros(batch, heads, dtype=torch.int32)
     minus_lse = query.new_empty(batch, heads, _lse.padded_length(q_len), dtype=torch.float32)
     mean_shape = (batch, heads, key.shape[2]) if return_column_mean else (0,)
     column_mean = query.new_zeros(mean_shape, dtype=torch.float32)
+    mean = column_mean if return_column_mean else None
     with torch.cuda.device_of(query):
-        if problem.mask is not None:
-            _pack.pack(problem, problem.mask).run()
-        _lse.lse(problem, minus_lse).run()
-        mean = column_mean if return_column_mean else None
-        _sinks.sinks(problem, image_mask, minus_lse, threshold, Tally(sink_counts), column_mean=mean).run()
+        plan = plan_of("sink_statistics", problem, 0, scoring.attention_mask, image, mean)
+        if scoring.attention_mask is not None:
+            plan.launch(_pack.pack(problem, scoring.attention_mask))
+        plan.launch(
+            _lse.lse(problem, minus_lse),
+            _sinks.sinks(problem, image, minus_lse, threshold, Tally(sink_counts), column_mean=mean),
+        )
     natural = minus_lse[..., :q_len] / -LOG2E
     return sink_counts, torch.where(natural == torch.inf, -torch.inf, natural), column_mean
 
 
 def shared_map_attention(query, key, value, head, scoring: Scoring, fast: bool = False) -> Tensor:
-    problem = Problem(query, key, scoring, fast=fast)
-    head = head.contiguous()
+    few = query.shape[2] <= _few_rows.MAX_ROWS
+    problem = Problem(query, key, scoring, fast=fast, by_key=not few)
+    value, head = narrow(value), head.contiguous()
     batch, heads, q_len, _ = query.shape
     output = empty_output(query, value)
-    if q_len <= _few_rows.MAX_ROWS:
-        with torch.cuda.device_of(query):
-            for launch in _few_rows.few_rows(problem, value, head, output):
-                launch.run()
-        return output
-    minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
     with torch.cuda.device_of(query):
-        if problem.mask is not None:
-            _pack.pack(problem, problem.mask).run()
-        _lse.lse(problem, minus_lse, head=head).run()
-        _attend.attend(problem, value, head, output, minus_lse.expand(-1, heads, -1)).run()
+        if few:
+            plan = plan_of("few rows", problem, value.shape[3], value, head, output)
+            plan.launch(*_few_rows.few_rows(problem, value, head, output))
+            return output
+        minus_lse = query.new_empty(batch, 1, _lse.padded_length(q_len), dtype=torch.float32)
+        plan = plan_of("shared_map_attention", problem, value.shape[3], scoring.attention_mask, value, head, output)
+        if scoring.attention_mask is not None:
+            plan.launch(_pack.pack(problem, scoring.attention_mask))
+        plan.launch(
+            _lse.lse(problem, minus_lse, head=head),
+            _attend.attend(problem, value, head, output, minus_lse.expand(-1, heads, -1)),
+        )
     return output

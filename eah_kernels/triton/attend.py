@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.bundles import CELL, NO_MASK, Sizes
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, value_groups, view
-from eah_kernels.triton.loads import at, head_of, load_operand, load_values, row_of, value_columns
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_groups, view, view_lines
+from eah_kernels.triton.loads import at, head_of, load_operand, load_values, mask_of, row_of, value_columns
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
 from eah_kernels.triton.scores import LOWEST, score_block
 from eah_kernels.triton.tiles import Tile
@@ -32,7 +32,7 @@ def attend_rows(
     out = row_of(head_of(out, b, first_value * R.GROUP if SHARED else h), start_m)
     cells, words, seen_of = packed.cells, packed.words, packed.seen
     if R.MASK != NO_MASK:
-        mask, cells = head_of(mask, b, h), head_of(cells, b, h)
+        mask, cells = mask_of(mask, b, h, R), head_of(cells, b, h)
     if not R.BY_KEY:
         words, seen_of = head_of(words, b, h), row_of(head_of(seen_of, b, h), start_m // CELL)
 
@@ -113,18 +113,17 @@ def _attend_kernel(
 
 def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
     """Writes out (B, Hq, Sq, Dv), given head (B,) and minus_lse (B, Hq, padded_length), read where a head is chosen."""
-    value = narrow(value)
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
     tile = _tile(problem, kv_heads, value_dim)
     units, values = value_groups(kv_heads, value_dim, tile)
     return Launch(
         _attend_kernel,
-        batch * (units + heads) * triton.cdiv(q_len, tile.block_m),
+        batch * (units + heads) * cdiv(q_len, tile.block_m),
         tile,
         problem.arguments
         | dict(v=view(value), out=view(out), packed=problem.packed_for_keys(), head_ptr=head, V=values)
-        | dict(minus_lse=view(minus_lse, "b h column"), units=units, heads=heads, kv_heads=kv_heads),
+        | dict(minus_lse=view_lines(minus_lse), units=units, heads=heads, kv_heads=kv_heads),
     )
 
 
@@ -134,6 +133,6 @@ def _tile(problem: Problem, kv_heads: int, value_dim: int) -> Tile:
     if short:
         batch, _, q_len, _ = problem.query.shape
         units, _ = value_groups(kv_heads, value_dim, short)
-        if batch * units * triton.cdiv(q_len, short.block_m) <= AT_ONCE:
+        if batch * units * cdiv(q_len, short.block_m) <= AT_ONCE:
             return short
     return problem.tile("attend", value_dim)

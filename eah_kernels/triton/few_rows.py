@@ -8,20 +8,21 @@ head, a program takes the query heads of one KV head: each is read once.
 A second kernel combines the partial outputs of the stretches (FlashDecoding), always in the same order.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from eah_kernels.triton.bundles import NO_MASK, Partial, Sizes, View
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, narrow, value_groups, view
-from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, load_values, row_of, value_columns
-from eah_kernels.triton.scores import score_tile, shown_keys
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_groups, view
+from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, load_values, mask_of, row_of, value_columns
+from eah_kernels.triton.scores import score_tile
 from eah_kernels.triton.tiles import Tile
 
 MAX_ROWS = 16  # the height of a matrix instruction: up to this, more rows read no more and cost nothing
-MAX_SPLITS = 64
-PROGRAMS = 512  # to aim at: about four for each multiprocessor of a large GPU
-SHORTEST = 64  # keys of a stretch, at least
+COMBINED = 32  # stretches that `_combine_kernel` loads at once
+COMBINING = Tile(0, 0, num_warps=4, num_stages=1)
 SPLITS = ["shared_splits", "own_splits"]  # these grow with kv_len
 
 
@@ -44,10 +45,7 @@ def stretch_rows(
     rows = load_operand(_row_by_row(q, b, head, row), 0, real, R)
     k, v = head_of(k, b, h // R.GROUP), head_of(v, b, first_value)
     if R.MASK != NO_MASK:
-        mask = head_of(mask, b, 0)
-    key_mask = mask
-    if not R.BY_KEY:
-        mask = head_of(mask, 0, head[:, None])
+        mask = mask_of(mask, b, head[:, None], R)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -63,7 +61,7 @@ def stretch_rows(
     for start_n in range(first, tl.minimum(first + stretch, kv_len), BLOCK_N):
         start_n = tl.multiple_of(start_n, BLOCK_N)
         key = start_n + local_n
-        seen = shown_keys(start_n, local_n, key < kv_len, key_mask, R.MASK)
+        seen = key < kv_len
         qk = dot_rows(rows, load_operand(k, start_n, seen, R), R)  # [BLOCK_M, BLOCK_N]
         score, visible = score_tile(
             qk, 0, row[:, None], start_n, local_n[None, :], sizes, mask, scale, R, R.MASK, True, True
@@ -79,7 +77,7 @@ def stretch_rows(
         # Values that no row of the tile sees are not read, whatever they hold.
         if R.WINDOW:
             seen = seen & (key > kv_len - q_len - sizes.window)
-        if not R.BY_KEY:
+        if R.MASK != NO_MASK:
             seen = seen & (tl.max(visible.to(tl.int32), 0) > 0)
         values = load_values(v, start_n, seen, columns)  # [BLOCK_N, VALUE_HEADS * V.PAD]
         mixed = tl.dot(p.to(values.dtype), values, mixed, input_precision=PRECISION)
@@ -132,12 +130,12 @@ def _few_rows_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SPLITS)
+@triton.jit(do_not_specialize=[*SPLITS, "q_len"])
 def _combine_kernel(
     head_ptr, partial, shared_splits, own_splits, out, heads, q_len,
-    R: tl.constexpr, V: tl.constexpr, MOST: tl.constexpr,
+    R: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One row of one query head: its stretches, each weighed by its share of the sum of exponentials."""
+    """One row of one query head: its stretches, PARTS at a time, each weighed by its share of the exponentials."""
     parts = tl.maximum(shared_splits, own_splits)
     pid = tl.program_id(0)
     row = pid % q_len
@@ -148,36 +146,43 @@ def _combine_kernel(
         source = h // R.GROUP
         first = source // V.HEADS * V.HEADS
         splits = shared_splits
-    split = tl.arange(0, MOST)
-    written = split < splits
-    stat = ((tl.cast(b, tl.int64) * heads + first) * q_len + row) * parts + split
-    maximum = tl.load(partial.stat + stat * 2, mask=written, other=float("-inf"))
-    total = tl.load(partial.stat + stat * 2 + 1, mask=written, other=0.0)
-    shift = tl.max(maximum, 0)
-    weight = tl.exp2(maximum - tl.where(shift == float("-inf"), 0.0, shift))
-    total = tl.sum(total * weight, 0)
-    weight = weight / tl.where(total == 0, 1.0, total)
+    stat_ptr = partial.stat + ((tl.cast(b, tl.int64) * heads + first) * q_len + row) * parts * 2
+    part_ptr = partial.out + ((tl.cast(b, tl.int64) * heads + source) * q_len + row) * parts * V.DIM
     feature = tl.arange(0, V.PAD)
-    part = ((tl.cast(b, tl.int64) * heads + source) * q_len + row) * parts + split
-    tile = part[:, None] * V.DIM + feature[None, :]
-    part = tl.load(partial.out + tile, mask=written[:, None] & (feature < V.DIM)[None, :], other=0.0)
-    mixed = tl.sum(part * weight[:, None], 0)
+    most = tl.full([PARTS], float("-inf"), tl.float32)
+    for start in range(0, splits, PARTS):
+        split = start + tl.arange(0, PARTS)
+        most = tl.maximum(most, tl.load(stat_ptr + split * 2, mask=split < splits, other=float("-inf")))
+    shift = tl.max(most, 0)
+    shift = tl.where(shift == float("-inf"), 0.0, shift)
+    total = tl.zeros([PARTS], tl.float32)
+    PAD: tl.constexpr = V.PAD
+    mixed = tl.zeros([PARTS, PAD], tl.float32)
+    for start in range(0, splits, PARTS):
+        split = start + tl.arange(0, PARTS)
+        written = split < splits
+        weight = tl.exp2(tl.load(stat_ptr + split * 2, mask=written, other=float("-inf")) - shift)
+        total += weight * tl.load(stat_ptr + split * 2 + 1, mask=written, other=0.0)
+        tile = part_ptr + split[:, None] * V.DIM + feature[None, :]
+        part = tl.load(tile, mask=written[:, None] & (feature < V.DIM)[None, :], other=0.0)
+        mixed += part * weight[:, None]
+    sum_of_exps = tl.sum(total, 0)
+    mixed = tl.sum(mixed, 0) / tl.where(sum_of_exps == 0, 1.0, sum_of_exps)
     out = row_of(head_of(out, b, h), row)
     tl.store(out.ptr + feature * out.column, mixed, mask=feature < V.DIM)
 
 
 def few_rows(problem: Problem, value, head, out) -> tuple[Launch, Launch]:
     """Writes out (B, Hq, Sq, Dv), Sq <= MAX_ROWS, given head (B,)."""
-    value = narrow(value)
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, kv_len, value_dim = value.shape[1:]
     tile = problem.tile("few_rows", value_dim)
     units, values = value_groups(kv_heads, value_dim, tile)
-    blocks = triton.cdiv(q_len * problem.rules.GROUP, tile.block_m)
-    most = min(MAX_SPLITS, triton.cdiv(kv_len, SHORTEST))
-    shared_splits, own_splits = (
-        max(1, min(most, triton.cdiv(PROGRAMS, batch * programs))) for programs in (units, kv_heads * blocks)
-    )
+    blocks = cdiv(q_len * problem.rules.GROUP, tile.block_m)
+    slots = multiprocessors(problem.query.device, problem.target)
+    walk = cdiv(kv_len, tile.block_n)
+    shared_splits = split(walk, batch * units, slots)
+    own_splits = split(walk, batch * kv_heads * blocks, slots)
     parts = max(shared_splits, own_splits)
     part = out.new_empty(batch, heads, q_len, parts, value_dim, dtype=torch.float32)
     partial = Partial(part, part.new_empty(batch, heads, q_len, parts, 2))
@@ -192,7 +197,31 @@ def few_rows(problem: Problem, value, head, out) -> tuple[Launch, Launch]:
     combined = Launch(
         _combine_kernel,
         batch * heads * q_len,
-        Tile(0, 0, num_warps=4, num_stages=1),
-        common | dict(out=view(out), q_len=q_len, R=problem.rules, MOST=triton.next_power_of_2(parts)),
+        COMBINING,
+        common | dict(out=view(out), q_len=q_len, R=problem.rules, PARTS=COMBINED),
     )
     return stretches, combined
+
+
+@lru_cache(1024)
+def split(walk: int, programs: int, slots: int) -> int:
+    """Into how many stretches to split `walk` blocks of keys, with `programs` programs for each stretch.
+
+    One program is resident on each of `slots` multiprocessors (make resources: it takes half of the registers, or
+    more). Starting and ending costs a program about as much as a block does; COMBINED stretches cost the second kernel
+    as much again. So programs of one or two blocks, several to a multiprocessor, never pay: with as many programs as
+    multiprocessors a stretch is as long as it can be.
+    """
+    most = max(1, min(walk, slots // programs * 4))
+
+    def cost(stretches: int) -> float:
+        return cdiv(programs * stretches, slots) * (cdiv(walk, stretches) + 1) + stretches / COMBINED
+
+    return min(range(1, most + 1), key=cost)
+
+
+@lru_cache
+def multiprocessors(device: torch.device, target: str) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return {"sm_80": 108, "sm_89": 128, "sm_100": 148, "gfx942": 304}.get(target, 132)

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from eah_kernels.masks import Scoring
@@ -36,51 +35,51 @@ class Launch(NamedTuple):
     programs: int
     tile: Tile | FastTile
     arguments: dict[str, Any]
+    form: int = 0  # what the build depends on beside the tile, and lengths change
 
-    def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.tile.options())
+    def run(self) -> Any:
+        """By Triton's own way; the build that it chose. plan.py has a shorter one."""
+        return self.kernel[(self.programs,)](**self.arguments, **self.tile.options)
 
 
 class Problem:
     """Query, key and scoring of one layer in the form that every kernel takes.
 
     fast: whether the Gluon kernels may run, where they suit.
+    by_key: a (B, Skv) mask is read by key, after pack.py; else like a boolean one of 4 dimensions.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, scoring: Scoring, target: str | None = None, fast: bool = False):
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scoring: Scoring,
+        target: str | None = None,
+        fast: bool = False,
+        by_key: bool = True,
+    ):
         self.query, self.key = narrow(query), narrow(key)
         self.target = target or device_target(query.device)
-        self.mask, self.mask_form, hidden = kernel_mask(scoring.attention_mask)
+        self.mask, mask_form, hidden = kernel_mask(scoring.attention_mask, by_key)
         self.packed: PackedMask | None = None  # pack.py fills it
-        head_dim, kv_len, windowed = query.shape[-1], key.shape[2], scoring.sliding_window is not None
+        (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _) = query.shape, key.shape
+        windowed, capped = scoring.sliding_window is not None, scoring.softcap is not None
         self.masked = self.mask is not None or windowed
-        main = 1 << (head_dim.bit_length() - 1)
-        tail = max(16, triton.next_power_of_2(head_dim - main)) if head_dim > main else 0
-        if main < 16 or main + tail >= 2 * main:
-            main, tail = max(16, triton.next_power_of_2(head_dim)), 0
-        scale = Scale(scoring.scale * LOG2E, 0.0)
-        if scoring.softcap is not None:
+        if scoring.softcap is None:
+            scale = Scale(scoring.scale * LOG2E, 0.0)
+        else:
             scale = Scale(scoring.scale / scoring.softcap, scoring.softcap * LOG2E)
-        self.rules = Rules(
-            GROUP=query.shape[1] // key.shape[1],
-            HEAD_DIM=head_dim,
-            MAIN=main,
-            TAIL=tail,
-            # Never plain TF32. For 16-bit operands it means nothing.
-            PRECISION="ieee" if self.target in ("gfx942", "interpreter") else "tf32x3",
-            MASK=self.mask_form,
-            HIDDEN=hidden,
-            CAUSAL=scoring.causal,
-            WINDOW=windowed,
-            SOFTCAP=scoring.softcap is not None,
-            BY_KEY=self.mask_form in (NO_MASK.value, KEY_MASK.value),
-            BOTH_SIDES=self.masked,
+        self.rules = rules_for(
+            self.target, heads // kv_heads, head_dim, mask_form, hidden, scoring.causal, windowed, capped
         )
         self.fast = fast and self._suits_gluon(scoring)
-        mask = None if self.mask is None else view(self.mask.expand(*query.shape[:3], kv_len))
-        self.arguments = dict(q=view(self.query), k=view(self.key), mask=mask, batch=query.shape[0]) | dict(
-            q_len=query.shape[2], kv_len=kv_len, window=scoring.sliding_window or 0, scale=scale, R=self.rules
-        )
+        mask = None
+        if self.mask is not None:
+            mask = mask_view(self.mask.expand(batch, heads, q_len, kv_len), self.rules)
+        self.arguments = dict(
+            q=view(self.query), k=view(self.key), mask=mask, batch=batch, q_len=q_len, kv_len=kv_len,
+            window=scoring.sliding_window or 0, scale=scale, R=self.rules,
+        )  # fmt: skip
 
     def packed_for_keys(self) -> Packed:
         """The packed mask for a kernel that walks the keys of a row block; empty without a mask."""
@@ -98,9 +97,6 @@ class Problem:
         """Views over every batch row and head, also where one mask serves them all."""
         shape = self.query.shape[:2]
         return Packed(*(None if tensor is None else view(tensor.expand(*shape, -1, -1)) for tensor in tensors))
-
-    def image(self, image_mask: Tensor | None) -> View | None:
-        return None if image_mask is None else view(image_mask.view(torch.uint8), "b column")
 
     def tile(self, kernel: str, value_dim: int = 0) -> Tile:
         return find_tile(kernel, *self._row(value_dim))
@@ -124,33 +120,96 @@ class Problem:
         return plain and in_reach and suits_tma(self.query) and suits_tma(self.key)
 
 
-def kernel_mask(mask: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """The mask as the kernels read it, 4-D, its form, and the highest entry that hides a key."""
+def cdiv(a: int, b: int) -> int:
+    """Rounded up. triton.cdiv and triton.next_power_of_2 take 2 us a call on the host."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@lru_cache
+def rules_for(
+    target: str, group: int, head_dim: int, mask: int, hidden: float, causal: bool, windowed: bool, capped: bool
+) -> Rules:
+    main = 1 << (head_dim.bit_length() - 1)
+    tail = max(16, power_of_two(head_dim - main)) if head_dim > main else 0
+    if main < 16 or main + tail >= 2 * main:
+        main, tail = max(16, power_of_two(head_dim)), 0
+    return Rules(
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        MAIN=main,
+        TAIL=tail,
+        # Never plain TF32. For 16-bit operands it means nothing.
+        PRECISION="ieee" if target in ("gfx942", "interpreter") else "tf32x3",
+        MASK=mask,
+        HIDDEN=hidden,
+        CAUSAL=causal,
+        WINDOW=windowed,
+        SOFTCAP=capped,
+        BY_KEY=mask in (NO_MASK.value, KEY_MASK.value),
+        BOTH_SIDES=mask != NO_MASK.value or windowed,
+    )
+
+
+def kernel_mask(mask: Tensor | None, by_key: bool = True) -> tuple[Tensor | None, int, float]:
+    """The mask as the kernels read it, 4-D, its form, and the highest entry that hides a key.
+
+    by_key: of a (B, Skv) mask, room for what pack.py makes of it, lines of a length that is a multiple of 16.
+    """
     if mask is None:
         return None, NO_MASK.value, 0.0
+    if mask.dim() == 2 and by_key:
+        batch, kv_len = mask.shape
+        bias = mask.new_empty(batch, 1, 1, cdiv(kv_len, 16) * 16, dtype=torch.float32)
+        return bias[..., :kv_len], KEY_MASK.value, -math.inf
     if mask.dim() == 2:
-        return narrow(torch.where(mask, 0.0, -torch.inf).float()[:, None, None]), KEY_MASK.value, -math.inf
+        mask = mask[:, None, None]
     if mask.dtype == torch.bool:
         return narrow(mask.view(torch.uint8)), BOOL_MASK.value, 0.0
     return narrow(mask), BIAS_MASK.value, torch.finfo(mask.dtype).min / 2
 
 
-def view(tensor: Tensor, dimensions: str = "b h row column") -> View:
-    """The tensor's View; `dimensions` names what its dimensions are."""
-    strides = dict(zip(dimensions.split(), tensor.stride(), strict=True))
-    return View(tensor, *(strides.get(name, 0) for name in View._fields[1:]))
+def view(tensor: Tensor) -> View:
+    """Of (B, H, rows, columns)."""
+    return View(tensor, *tensor.stride())
 
 
+def mask_view(mask: Tensor, rules: Rules) -> View:
+    """Of a mask whose strides follow the lengths, each doubled plus one: so it is never divisible by 16, and a new
+    length compiles nothing. loads.mask_of undoes it."""
+    if rules.BY_KEY:
+        return view(mask)
+    b, h, row, column = mask.stride()
+    return View(mask, 2 * b + 1, 2 * h + 1, 2 * row + 1, column)
+
+
+def image_bytes(image_mask: Tensor) -> Tensor:
+    """(B, Skv) uint8, contiguous: a kernel needs no stride of it."""
+    return image_mask.contiguous().view(torch.uint8)
+
+
+def view_lines(tensor: Tensor) -> View:
+    """Of (B, H, columns), a line a head."""
+    b, h, column = tensor.stride()
+    return View(tensor, b, h, 0, column)
+
+
+@lru_cache
 def value_groups(kv_heads: int, value_dim: int, tile: Tile) -> tuple[int, Values]:
     """In how many groups the value heads share maps, tile.value_width features side by side, and of what form."""
-    pad = max(16, triton.next_power_of_2(value_dim))
-    together = max(1, min(tile.value_width // pad, triton.next_power_of_2(kv_heads)))
-    return triton.cdiv(kv_heads, together), Values(value_dim, pad, together)
+    pad = max(16, power_of_two(value_dim))
+    together = max(1, min(tile.value_width // pad, power_of_two(kv_heads)))
+    return cdiv(kv_heads, together), Values(value_dim, pad, together)
 
 
 def narrow(tensor: Tensor) -> Tensor:
     """The tensor, copied if an offset within a tile would not fit 32 bits."""
-    return tensor.contiguous() if any(stride * 512 >= 2**31 for stride in tensor.stride()[2:]) else tensor
+    _, _, row, column = tensor.stride()
+    return tensor.contiguous() if max(row, column) * 512 >= 2**31 else tensor
 
 
 def suits_tma(tensor: Tensor) -> bool:

@@ -18,6 +18,18 @@ def head_of(view, b, h):
 
 
 @triton.jit
+def mask_of(mask, b, h, R: tl.constexpr):
+    """head_of a mask; with a stride for each batch row, head and row as launch.mask_view makes it, unless it is read
+    by key."""
+    if R.BY_KEY:
+        found = head_of(mask, b, h)
+    else:
+        ptr = at(at(mask.ptr, b, mask.b >> 1), h, mask.h >> 1)
+        found = View(ptr, mask.b, mask.h, mask.row >> 1, mask.column)
+    return found
+
+
+@triton.jit
 def row_of(view, row):
     return View(at(view.ptr, row, view.row), view.b, view.h, view.row, view.column)
 
@@ -71,10 +83,21 @@ def load_values(v, start_n, seen, columns):
 
 
 @triton.jit
-def count_image_tokens(image, b, kv_len):
+def count_image_tokens(image, kv_len):
     """Of one batch row of the image mask."""
     count = tl.zeros([1024], tl.int32)
     for start in range(0, kv_len, 1024):
         key = start + tl.arange(0, 1024)
-        count += tl.load(at(at(image.ptr, b, image.b), key, image.column), mask=key < kv_len, other=0)
+        count += tl.load(image + key, mask=key < kv_len, other=0)
     return tl.sum(count, 0)
+
+
+@triton.jit
+def has_image_token(image, kv_len):
+    """Whether a batch row of the image mask has any; reads up to the first."""
+    found, start = 0, 0
+    while (found == 0) & (start < kv_len):
+        key = start + tl.arange(0, 1024)
+        found = tl.sum(tl.load(image + key, mask=key < kv_len, other=0).to(tl.int32), 0)
+        start += 1024
+    return found != 0

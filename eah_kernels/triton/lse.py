@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.bundles import NO_MASK, Sizes, Tally
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, view
-from eah_kernels.triton.loads import count_image_tokens, head_of, load_operand
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
+from eah_kernels.triton.loads import at, count_image_tokens, has_image_token, head_of, load_operand, mask_of
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
 from eah_kernels.triton.scores import LOWEST, score_block
 
@@ -36,17 +36,17 @@ def _lse_kernel(
         if h < 0:
             return
     if image is not None:
-        image_tokens = count_image_tokens(image, b, kv_len)
+        image = at(image, b, kv_len)
         if start_m == 0:
             tl.store(tally.counts + b * heads + h, 0)
             if h == 0:
                 tl.store(tally.progress + 2 * b, 0)
-                tl.store(tally.progress + 2 * b + 1, image_tokens)
-        if image_tokens == 0:
+                tl.store(tally.progress + 2 * b + 1, count_image_tokens(image, kv_len))
+        if not has_image_token(image, kv_len):
             return
     q, k = head_of(q, b, h), head_of(k, b, h // R.GROUP)
     if R.MASK != NO_MASK:
-        mask, cells = head_of(mask, b, h), head_of(cells, b, h)
+        mask, cells = mask_of(mask, b, h, R), head_of(cells, b, h)
     if not R.BY_KEY:
         words = head_of(words, b, h)
 
@@ -71,17 +71,17 @@ def _lse_kernel(
     tl.store(out_ptr + local_m, lse)
 
 
-def lse(problem: Problem, out, *, image_mask=None, tally: Tally | None = None, head=None) -> Launch:
+def lse(problem: Problem, out, *, image=None, tally: Tally | None = None, head=None) -> Launch:
     """Fills out (B, Hq, padded_length) float32 for every head, or out (B, 1, padded_length) for head (B,).
 
-    With image_mask, batch rows without image token are left out, and the tally is begun: no sinks, no program done, and
-    the number of each row's image tokens.
+    With image (B, Skv) uint8, contiguous, batch rows without image token are left out, and the tally is begun: no
+    sinks, no program done, and the number of each row's image tokens.
     """
     fast = problem.fast_tile("lse")
     if fast:
         from eah_kernels.triton.hopper import lse as hopper  # Gluon is not everywhere
 
-        return hopper.lse(problem, fast, out, image_mask=image_mask, tally=tally, head=head)
+        return hopper.lse(problem, fast, out, image=image, tally=tally, head=head)
     tile = problem.tile("lse")
     batch, heads = out.shape[:2]
     return Launch(
@@ -89,10 +89,10 @@ def lse(problem: Problem, out, *, image_mask=None, tally: Tally | None = None, h
         batch * heads * (out.shape[2] // tile.block_m),
         tile,
         problem.arguments
-        | dict(packed=problem.packed_for_keys(), image=problem.image(image_mask), head_ptr=head, tally=tally)
-        | dict(minus_lse=view(out, "b h column"), heads=heads),
+        | dict(packed=problem.packed_for_keys(), image=image, head_ptr=head, tally=tally)
+        | dict(minus_lse=view_lines(out), heads=heads),
     )
 
 
 def padded_length(q_len: int) -> int:
-    return triton.cdiv(q_len, LSE_PAD) * LSE_PAD
+    return cdiv(q_len, LSE_PAD) * LSE_PAD

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eah_kernels.triton.bundles import KEY_MASK, NO_MASK, Choice, Sizes, Tally
-from eah_kernels.triton.launch import Launch, Problem, view
+from eah_kernels.triton.launch import Launch, Problem, cdiv, power_of_two, view, view_lines
 from eah_kernels.triton.loads import at, count_image_tokens, dot_rows, head_of, load_operand, row_of
 from eah_kernels.triton.ranges import seeing_rows
 from eah_kernels.triton.scores import LOWEST, counting_rows, score_tile, shown_keys
@@ -56,7 +56,7 @@ def count_sinks(
     )
     seeing = seeing_rows(key, sizes, before, R)
     column_mean = tl.div_rn(tl.sum(sums, 0), tl.maximum(seeing, 1).to(tl.float32))
-    is_image = tl.load(at(image.ptr, key, image.column), mask=inside, other=0) != 0
+    is_image = tl.load(image + key, mask=inside, other=0) != 0
     return tl.sum((is_image & (column_mean > threshold)).to(tl.int32), 0)
 
 
@@ -73,7 +73,8 @@ def _one_pass_kernel(
     h = pid // batch % heads
     start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
     before = packed.before
-    image_tokens = count_image_tokens(image, b, q_len)
+    image = at(image, b, q_len)
+    image_tokens = count_image_tokens(image, q_len)
     if image_tokens == 0:
         if start_m == 0:
             tl.store(tally.counts + b * heads + h, 0)
@@ -157,7 +158,7 @@ def _one_pass_kernel(
         tl.store(tickets + h, 0)
         LINES: tl.constexpr = triton.next_power_of_2(KEYS // BLOCK_M)
         sinks = count_sinks(
-            mass, head_of(image, b, 0), before, blocks, sizes, threshold, R, LINES, triton.next_power_of_2(KEYS)
+            mass, image, before, blocks, sizes, threshold, R, LINES, triton.next_power_of_2(KEYS)
         )  # fmt: skip
         tl.store(tally.counts + b * heads + h, sinks)
         if comes_last(tickets + heads, heads):
@@ -170,28 +171,27 @@ def takes(problem: Problem) -> bool:
     return problem.rules.BY_KEY and problem.short_tile("one_pass") is not None
 
 
-def one_pass(problem: Problem, image_mask, threshold, minus_lse, sink_counts, tickets, choice: Choice) -> Launch:
+def one_pass(problem: Problem, image, threshold, minus_lse, sink_counts, tickets, choice: Choice) -> Launch:
     """Fills minus_lse (B, Hq, padded_length) as `lse` does, sink_counts (B, Hq) and the choice of every batch row.
 
-    Batch rows without image token are left out of minus_lse. tickets: B * (Hq + 1) or more int32 zeros, and zeros again
-    afterwards.
+    image (B, S) uint8 is contiguous; batch rows without image token are left out of minus_lse. tickets: B * (Hq + 1) or
+    more int32 zeros, and zeros again afterwards.
     """
     tile = problem.short_tile("one_pass")
     assert tile is not None  # takes(problem)
     batch, heads, q_len, _ = problem.query.shape
-    keys = triton.cdiv(q_len, KEYS_STEP) * KEYS_STEP
-    mass = minus_lse.new_empty(batch, heads, triton.cdiv(q_len, tile.block_m), keys)
+    keys = cdiv(q_len, KEYS_STEP) * KEYS_STEP
+    mass = minus_lse.new_empty(batch, heads, cdiv(q_len, tile.block_m), keys)
     arguments = {name: value for name, value in problem.arguments.items() if name != "kv_len"}
     return Launch(
         _one_pass_kernel,
         batch * heads * (minus_lse.shape[2] // tile.block_m),
         tile,
         arguments
-        | dict(
-            packed=problem.packed_for_rows(), image=problem.image(image_mask), minus_lse=view(minus_lse, "b h column")
-        )
+        | dict(packed=problem.packed_for_rows(), image=image, minus_lse=view_lines(minus_lse))
         | dict(mass=view(mass), tally=Tally(sink_counts, tickets), threshold=threshold, choice=choice, heads=heads)
         | dict(KEYS=keys, AHEAD=tile.num_stages > 1),
+        form=keys,
     )
 
 
@@ -203,7 +203,7 @@ def zeroed_tickets(query: Tensor) -> Tensor:
     size = query.shape[0] * (query.shape[1] + 1)
     if not query.is_cuda or torch.cuda.is_current_stream_capturing():
         return query.new_zeros(size, dtype=torch.int32)
-    return kept_tickets(torch.cuda.current_stream(query.device), triton.next_power_of_2(size))
+    return kept_tickets(torch.cuda.current_stream(query.device), power_of_two(size))
 
 
 @lru_cache(maxsize=64)

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eah_kernels.triton.bundles import BIASED, CELL, HIDES, KEY_MASK, SHOWS, Packed, PackedMask, Scale, Sizes
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, view
-from eah_kernels.triton.loads import at, head_of, row_of
+from eah_kernels.triton.bundles import BIASED, CELL, HIDES, SHOWS, Packed, PackedMask, Scale, Sizes
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, mask_view, view
+from eah_kernels.triton.loads import at, head_of, mask_of, row_of
 from eah_kernels.triton.scores import counting_rows, score_tile
 from eah_kernels.triton.tiles import Tile
 
 PAD = 128  # what is kept per row or key is padded to a multiple of this and so of every tile: no bounds to test
+TILE = Tile(0, 0, num_warps=4, num_stages=1)
 CHUNK: tl.constexpr = tl.constexpr(1024)
 
 
@@ -48,7 +49,7 @@ def _pack_kernel(mask, rows, columns, heads, row_cells, key_cells, q_len, kv_len
     row_cell = pid // key_cells % row_cells
     h = pid // (key_cells * row_cells) % heads
     b = pid // (key_cells * row_cells) // heads
-    mask = head_of(mask, b, h)
+    mask = mask_of(mask, b, h, R)
     start_m, start_n = row_cell * CELL, key_cell * CELL
     local = tl.arange(0, CELL)
     row, key = (start_m + local)[:, None], (start_n + local)[None, :]
@@ -77,15 +78,18 @@ def _pack_kernel(mask, rows, columns, heads, row_cells, key_cells, q_len, kv_len
     tl.store(counted.ptr + start_n + local, tl.sum(visible.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
-def _pack_keys_kernel(mask, cells, before, kv_len):
+@triton.jit(do_not_specialize=["stride", "kv_len"])
+def _pack_keys_kernel(shown_ptr, stride, mask, cells, before, kv_len):
+    """shown_ptr: the (B, Skv) mask, a byte a key, its rows a stride apart. mask: 0 or -inf for each key."""
     b = tl.program_id(0)
     mask, cells, before = head_of(mask, b, 0), head_of(cells, b, 0), head_of(before, b, 0)
+    shown_ptr = at(shown_ptr, b, stride)
     shown_before = 0
     for start in range(0, kv_len + 1, CHUNK):
         key = start + tl.arange(0, CHUNK)
         inside = key < kv_len
-        shown = tl.load(at(mask.ptr, key, mask.column), mask=inside, other=float("-inf")) == 0
+        shown = tl.load(shown_ptr + key, mask=inside, other=0) != 0
+        tl.store(mask.ptr + key, tl.where(shown, 0.0, float("-inf")), mask=inside)
         number = shown.to(tl.int32)
         tl.store(before.ptr + key, shown_before + tl.cumsum(number, 0) - number, mask=key <= kv_len)
         shown_before += tl.sum(number, 0)
@@ -95,22 +99,26 @@ def _pack_keys_kernel(mask, cells, before, kv_len):
         tl.store(cells.ptr + cell, shows | hides, mask=cell * CELL < kv_len)
 
 
-def pack(problem: Problem, mask: Tensor) -> Launch:
-    """Sets problem.packed and fills it, before `lse`, `sinks` and `attend` are made; mask is problem.mask."""
+def pack(problem: Problem, given: Tensor) -> Launch:
+    """Sets problem.packed and fills it, before `lse`, `sinks` and `attend` are made; of a (B, Skv) mask, `given`, it
+    fills problem.mask too."""
+    mask = problem.mask
+    assert mask is not None, "without a mask there is nothing to pack"
     q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
     rows, keys = padded(q_len), padded(kv_len)
     batch, heads = mask.shape[:2]
-    tile = Tile(0, 0, num_warps=4, num_stages=1)
 
     def empty(*shape, dtype=torch.uint8):
         lines, length = shape  # strides that are multiples of 16 whatever the lengths: nothing compiles anew
-        return mask.new_empty(batch, heads, lines, triton.cdiv(length, 16) * 16, dtype=dtype)[..., :length]
+        return mask.new_empty(batch, heads, lines, cdiv(length, 16) * 16, dtype=dtype)[..., :length]
 
-    if problem.mask_form == KEY_MASK.value:
+    if problem.rules.BY_KEY:
         cells, before = empty(1, keys // CELL.value), empty(1, keys + 1, dtype=torch.int32)
         problem.packed = PackedMask(cells, cells, before=before)
-        arguments = dict(mask=view(mask), cells=view(cells), before=view(before), kv_len=kv_len)
-        return Launch(_pack_keys_kernel, batch, tile, arguments)
+        given = given if given.stride(1) == 1 else given.contiguous()
+        arguments = dict(shown_ptr=given.view(torch.uint8), stride=given.stride(0), kv_len=kv_len)
+        arguments |= dict(mask=view(mask), cells=view(cells), before=view(before))
+        return Launch(_pack_keys_kernel, batch, TILE, arguments)
     row_cells, key_cells = rows // CELL.value, keys // CELL.value
     cells, column_cells = empty(row_cells, key_cells), empty(key_cells, row_cells)
     words, column_words = empty(keys // 32, rows, dtype=torch.int32), empty(rows // 32, keys, dtype=torch.int32)
@@ -120,9 +128,9 @@ def pack(problem: Problem, mask: Tensor) -> Launch:
     return Launch(
         _pack_kernel,
         batch * heads * row_cells * key_cells,
-        tile,
+        TILE,
         dict(
-            mask=view(mask),
+            mask=mask_view(mask, problem.rules),
             rows=Packed(view(words), view(cells), seen=view(seen)),
             columns=Packed(view(column_words), view(column_cells), counts=view(counts)),
         )
@@ -132,4 +140,4 @@ def pack(problem: Problem, mask: Tensor) -> Launch:
 
 
 def padded(length: int) -> int:
-    return triton.cdiv(length, PAD) * PAD
+    return cdiv(length, PAD) * PAD

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.bundles import BIAS_MASK, CELL, KEY_MASK, NO_MASK, Choice, Sizes, Tally
-from eah_kernels.triton.launch import LENGTHS, Launch, Problem, view
-from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand
+from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
+from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, mask_of
 from eah_kernels.triton.ranges import BEFORE, place, row_range, seeing_rows, walk
 from eah_kernels.triton.scores import add_entries, counting_rows, score_tile, shown_keys, unpack
 
@@ -59,14 +59,14 @@ def _sinks_kernel(
     local_n = tl.arange(0, BLOCK_N)
     key = start_n + local_n
     cells, words, counts_of, before = packed.cells, packed.words, packed.counts, packed.before
-    is_image = tl.load(at(at(image.ptr, b, image.b), key, image.column), mask=key < kv_len, other=0) != 0
+    is_image = tl.load(at(image, b, kv_len) + key, mask=key < kv_len, other=0) != 0
     if tl.sum(is_image.to(tl.int32), 0) == 0:
         if choice is not None:
             finish(b, batch, heads, tally, choice)
         return
     q, k, minus_lse = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(minus_lse, b, h)
     if R.MASK != NO_MASK:
-        mask, cells = head_of(mask, b, h), head_of(cells, b, h)
+        mask, cells = mask_of(mask, b, h, R), head_of(cells, b, h)
     if R.MASK == KEY_MASK:
         before = head_of(before, b, 0)
     if not R.BY_KEY:
@@ -115,13 +115,15 @@ def _sinks_kernel(
     if choice is not None:
         finish(b, batch, heads, tally, choice)
     if mean is not None:
-        tl.store(head_of(mean, b, h).ptr + key, column_mean, mask=is_image)
+        tl.store(at(mean, b * heads + h, kv_len) + key, column_mean, mask=is_image)
 
 
 def sinks(
-    problem: Problem, image_mask, minus_lse, threshold, tally: Tally, *, column_mean=None, choice: Choice | None = None
+    problem: Problem, image, minus_lse, threshold, tally: Tally, *, column_mean=None, choice: Choice | None = None
 ) -> Launch:
     """Adds each head's sinks to tally.counts (B, Hq); writes column_mean (B, Hq, Skv) at image tokens, if given.
+
+    image (B, Skv) uint8 and column_mean are contiguous.
 
     With a choice, whose tally is as `lse` leaves it, also writes every batch row's chosen head.
     """
@@ -130,15 +132,14 @@ def sinks(
         from eah_kernels.triton.hopper import sinks as hopper  # Gluon is not everywhere
 
         form = dict(column_mean=column_mean, choice=choice)
-        return hopper.sinks(problem, fast, image_mask, minus_lse, threshold, tally, **form)
+        return hopper.sinks(problem, fast, image, minus_lse, threshold, tally, **form)
     tile = problem.tile("sinks")
     batch, heads, _, _ = problem.query.shape
-    mean = None if column_mean is None else view(column_mean, "b h column")
     return Launch(
         _sinks_kernel,
-        batch * heads * triton.cdiv(problem.key.shape[2], tile.block_n),
+        batch * heads * cdiv(problem.key.shape[2], tile.block_n),
         tile,
         problem.arguments
-        | dict(packed=problem.packed_for_rows(), image=problem.image(image_mask), mean=mean, threshold=threshold)
-        | dict(minus_lse=view(minus_lse, "b h column"), tally=tally, choice=choice, heads=heads),
+        | dict(packed=problem.packed_for_rows(), image=image, mean=column_mean, threshold=threshold)
+        | dict(minus_lse=view_lines(minus_lse), tally=tally, choice=choice, heads=heads),
     )

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a row is itself: its hash is cheap
 class Tile:
     """block_m query rows x block_n keys (0: fixed by the kernel). value_width: features of values that share one map.
 
@@ -27,13 +28,15 @@ class Tile:
     max_registers: int = 0
     spills: str = ""
 
+    @cached_property
     def options(self) -> dict[str, int]:
+        """How a kernel is launched with it."""
         limit = {"maxnreg": self.max_registers} if self.max_registers else {}
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} if self.block_m else {}
         return blocks | limit | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FastTile:
     """A row of the Gluon kernels (hopper/): block_m query rows x block_n keys, `stages` tiles in shared memory."""
 
@@ -41,6 +44,7 @@ class FastTile:
     block_n: int
     stages: int
 
+    @cached_property
     def options(self) -> dict[str, int]:
         return {"num_warps": 4}  # of each group that computes
 
@@ -261,6 +265,7 @@ SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
 INTERPRETER = Tile(64, 64, num_warps=4, num_stages=1, value_width=256)
 
 
+@lru_cache
 def find_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
     """The row of TILES for a kernel; head_dim is the larger of the key's and the value's."""
     if target == "interpreter":
@@ -268,6 +273,7 @@ def find_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, maske
     return TILES[kernel][target][_kind(dtype, masked)][_bucket(head_dim)]
 
 
+@lru_cache
 def find_short_tile(kernel: str, target: str, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile | None:
     """The row of SHORT_TILES, if there is one."""
     if target == "interpreter":

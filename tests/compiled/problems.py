@@ -167,8 +167,8 @@ def launches(target: str) -> list[Replay]:
     replays: list[Replay] = []
     kernel_mask = launching.kernel_mask
 
-    def spread_key_mask(mask):
-        made, *form = kernel_mask(mask)
+    def spread_key_mask(mask, *by_key):
+        made, *form = kernel_mask(mask, *by_key)
         return spread_mask(made) if mask is not None and mask.dim() == 2 else made, *form
 
     with (

@@ -116,7 +116,7 @@ LOOPS = {"lse": {"lse": True}, "sinks": {"sinks": False}, "attend": {"shared map
 
 def compile_launch(launch: Launch, target: str) -> Cost:
     triton.runtime.driver.set_active(StubDriver(target))
-    compiled = launch.kernel.warmup(**launch.arguments, **launch.tile.options(), grid=(launch.programs,))
+    compiled = launch.kernel.warmup(**launch.arguments, **launch.tile.options, grid=(launch.programs,))
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
@@ -151,24 +151,25 @@ def make_launch(row: Row) -> Launch:
         "bias": empty(batch, 1, q_len, length),
     }[row.mask]
     mask = None if row.kind == "plain" else mask
-    problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target)
-    image_mask = empty(batch, length, dtype=torch.bool)
+    few = row.kernel == "few_rows"
+    problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target, by_key=not few)
+    image = empty(batch, length, dtype=torch.uint8)
     tally = Tally(*(empty(batch, *shape, dtype=torch.int32) for shape in ((heads,), (2,))))
     head = empty(batch, dtype=torch.int32)
     minus_lse = empty(batch, heads, lse.padded_length(length), dtype=torch.float32)
-    if problem.mask is not None and row.kernel != "few_rows":
-        packing = pack.pack(problem, problem.mask)
+    if mask is not None and not few:
+        packing = pack.pack(problem, mask)
     if row.kernel == "pack":
         return packing
     if row.kernel == "lse":
-        return lse.lse(problem, minus_lse, image_mask=image_mask, tally=tally)
+        return lse.lse(problem, minus_lse, image=image, tally=tally)
     if row.kernel == "sinks":
-        return sinks.sinks(problem, image_mask, minus_lse, 0.002, tally, choice=Choice(head, 0.0))
+        return sinks.sinks(problem, image, minus_lse, 0.002, tally, choice=Choice(head, 0.0))
     if row.kernel == "one_pass":
         tickets = empty(batch * (heads + 1), dtype=torch.int32)
-        return one_pass.one_pass(problem, image_mask, 0.002, minus_lse, tally.counts, tickets, Choice(head, 0.0))
+        return one_pass.one_pass(problem, image, 0.002, minus_lse, tally.counts, tickets, Choice(head, 0.0))
     output = empty_output(query, value)
-    if row.kernel == "few_rows":
+    if few:
         return few_rows.few_rows(problem, value, head, output)[0]
     return attend.attend(problem, value, head, output, minus_lse)
 

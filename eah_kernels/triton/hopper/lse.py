@@ -4,7 +4,6 @@ The product with the next tile is under way while a tile's exps are taken. The l
 score is copied from register to register.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -23,7 +22,7 @@ from eah_kernels.triton.hopper.ring import (
     scores_layout,
     start_product,
 )
-from eah_kernels.triton.launch import Launch, Problem, view
+from eah_kernels.triton.launch import Launch, Problem, cdiv, view_lines
 from eah_kernels.triton.loads import at, head_of
 from eah_kernels.triton.tiles import FastTile
 
@@ -94,7 +93,7 @@ def count_image_tokens(image, b, kv_len):
     count = gl.full([1024], 0, gl.int32, LAYOUT)
     for start in range(0, kv_len, 1024):
         key = start + gl.arange(0, 1024, LAYOUT)
-        count += gl.load(at(at(image.ptr, b, image.b), key, image.column), mask=key < kv_len, other=0).to(gl.int32)
+        count += gl.load(at(image, b, kv_len) + key, mask=key < kv_len, other=0).to(gl.int32)
     return gl.sum(count, 0)
 
 
@@ -143,15 +142,15 @@ def _lse_kernel(
     )
 
 
-def lse(problem: Problem, tile: FastTile, out, *, image_mask=None, tally: Tally | None = None, head=None) -> Launch:
+def lse(problem: Problem, tile: FastTile, out, *, image=None, tally: Tally | None = None, head=None) -> Launch:
     """As ../lse.py."""
     batch, heads, columns = out.shape
     return Launch(
         _lse_kernel,
-        batch * heads * triton.cdiv(columns, tile.block_m),
+        batch * heads * cdiv(columns, tile.block_m),
         tile,
         dict(q=descriptor(problem.query, ROWS.value), k=descriptor(problem.key, tile.block_n), head_ptr=head)
-        | dict(image=problem.image(image_mask), tally=tally, minus_lse=view(out, "b h column"), columns=columns)
+        | dict(image=image, tally=tally, minus_lse=view_lines(out), columns=columns)
         | {name: problem.arguments[name] for name in ("batch", "q_len", "kv_len", "scale")}
         | dict(heads=heads, GROUP=problem.rules.GROUP, STAGES=tile.stages),
     )

@@ -4,7 +4,6 @@ The product with the next tile is under way while a tile's exps are taken and ad
 that no score is copied from register to register.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -23,7 +22,7 @@ from eah_kernels.triton.hopper.ring import (
     scores_layout,
     start_product,
 )
-from eah_kernels.triton.launch import Launch, Problem, view
+from eah_kernels.triton.launch import Launch, Problem, cdiv, view_lines
 from eah_kernels.triton.loads import at, head_of
 from eah_kernels.triton.tiles import FastTile
 
@@ -123,11 +122,11 @@ def _sinks_kernel(
     b = pid % batch
     h = pid // batch % heads
     start_n = pid // (batch * heads) * BLOCK_N  # longest columns first
-    image_ptr = at(image.ptr, b, image.b)
+    image_ptr = at(image, b, kv_len)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     local_n = gl.arange(0, 256, LAYOUT)
     among = (local_n < BLOCK_N) & (start_n + local_n < kv_len)
-    is_image = gl.load(at(image_ptr, start_n + local_n, image.column), mask=among, other=0).to(gl.int32)
+    is_image = gl.load(image_ptr + start_n + local_n, mask=among, other=0).to(gl.int32)
     if gl.sum(is_image, 0) == 0:
         if choice is not None:
             choose_head(b, batch, heads, tally, choice)
@@ -157,12 +156,12 @@ def _sinks_kernel(
     sinks = 0
     for part in gl.static_range(GROUPS):
         key = start_n + part * ROWS + gl.arange(0, ROWS, LAYOUT)
-        is_image = gl.load(at(image_ptr, key, image.column), mask=key < kv_len, other=0) != 0
+        is_image = gl.load(image_ptr + key, mask=key < kv_len, other=0) != 0
         seeing = kv_len - gl.maximum(key + 1, kv_len - q_len)
         column_mean = gl.div_rn(sums.index(part).load(LAYOUT), gl.maximum(seeing, 1).to(gl.float32))
         sinks += gl.sum((is_image & (column_mean > threshold)).to(gl.int32), 0)
         if mean is not None:
-            gl.store(head_of(mean, b, h).ptr + key, column_mean, mask=is_image)
+            gl.store(at(mean, b * heads + h, kv_len) + key, column_mean, mask=is_image)
     gl.atomic_add(tally.counts + b * heads + h, sinks, sem="relaxed")
     if choice is not None:
         choose_head(b, batch, heads, tally, choice)
@@ -171,7 +170,7 @@ def _sinks_kernel(
 def sinks(
     problem: Problem,
     tile: FastTile,
-    image_mask,
+    image,
     minus_lse,
     threshold,
     tally: Tally,
@@ -181,13 +180,12 @@ def sinks(
 ) -> Launch:
     """As ../sinks.py."""
     batch, heads, _, _ = problem.query.shape
-    mean = None if column_mean is None else view(column_mean, "b h column")
     return Launch(
         _sinks_kernel,
-        batch * heads * triton.cdiv(problem.key.shape[2], tile.block_n),
+        batch * heads * cdiv(problem.key.shape[2], tile.block_n),
         tile,
         dict(q=descriptor(problem.query, tile.block_m), k=descriptor(problem.key, ROWS.value), threshold=threshold)
-        | dict(image=problem.image(image_mask), minus_lse=view(minus_lse, "b h column"), mean=mean, choice=choice)
+        | dict(image=image, minus_lse=view_lines(minus_lse), mean=column_mean, choice=choice)
         | {name: problem.arguments[name] for name in ("batch", "q_len", "kv_len", "scale")}
         | dict(tally=tally, heads=heads, GROUP=problem.rules.GROUP, STAGES=tile.stages),
     )

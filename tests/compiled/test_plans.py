@@ -1,0 +1,299 @@
+"""A call's launches the second time (eah_kernels/triton/plan.py): the same builds as Triton's own way, without it.
+
+Builds are counted, not made: what Triton would compile is asked for by its key. At the end some are executed.
+"""
+
+import random
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from eah_kernels import backends, eah_attention, shared_map_attention, sink_statistics
+from eah_kernels.triton import few_rows, plan
+from eah_kernels.triton import launch as launching
+
+from .triton_launch import compiled
+
+H, D = 4, 64
+IMAGE = torch.zeros(2, 4096, dtype=torch.bool)
+IMAGE[:, 5:30] = True
+
+
+class Build:
+    """In the place of what Triton compiles: nothing is, and a launch is noted."""
+
+    packed_metadata, function = (), 0
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def launch_metadata(self, grid, stream, *arguments):
+        return SimpleNamespace(name=self.kernel.fn.__name__)
+
+    def run(self, grid, y, z, stream, function, packed, metadata, enter, exit_hook, *arguments):
+        if enter is not None:
+            enter(metadata)
+        self.launched.append((self, grid, stream, arguments))
+
+
+class Gpu:
+    """A GPU that is not there; `builds` were asked for and `launched` would have run."""
+
+    stream = 0
+
+    def __init__(self):
+        self.builds, self.launched = Counter(), []
+
+    def get_current_device(self):
+        return id(self)
+
+    def get_current_stream(self, device):
+        return self.stream
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def gpu():
+    there = Gpu()
+
+    def compile_nothing(kernel, key, signature, device, constexprs, options, attrs, warmup):
+        there.builds[kernel.fn.__name__] += 1
+        return kernel.device_caches[device][0].setdefault(key, Build(kernel, there.launched))
+
+    plan._kept.cache_clear()
+    before = triton.runtime.driver._active
+    with (
+        mock.patch.object(JITFunction, "_do_compile", compile_nothing),
+        mock.patch.object(launching, "device_target", lambda device: "sm_90"),
+        mock.patch.object(backends, "why_not_triton", lambda call: None),
+    ):
+        triton.runtime.driver.set_active(there)
+        yield there
+    triton.runtime.driver._active = before
+    plan._kept.cache_clear()
+
+
+def rows(length, heads=H, dim=D, batch=2):
+    return torch.zeros(batch, length, heads, dim, dtype=torch.bfloat16).transpose(1, 2)
+
+
+def masks(q_len, kv_len=None):
+    """Of every form, none larger than it must be."""
+    kv_len = kv_len or q_len
+    seen = torch.ones(2, 1, q_len, kv_len, dtype=torch.bool)
+    return [None, seen[:, 0, 0].contiguous(), seen, seen.to(torch.bfloat16)]
+
+
+def prompt(length, mask=None, query=None, key=None):
+    query = rows(length) if query is None else query
+    key = rows(length, 2) if key is None else key
+    return eah_attention(query, key, key, IMAGE[:, :length], attention_mask=mask, backend="triton")
+
+
+def step(length, mask=None, q_len=1, key=None):
+    key = rows(length, 2) if key is None else key
+    head = torch.zeros(2, dtype=torch.int32)
+    return shared_map_attention(rows(q_len), key, key, head, attention_mask=mask, backend="triton")
+
+
+def test_a_new_length_compiles_nothing(gpu):
+    """Multiples of 16 and others, under every form of mask; nor do a new number of rows and of parts at decoding."""
+    for form in range(4):
+        gpu.builds.clear()
+        for length in range(640, 657):
+            prompt(length, masks(length)[form])
+        assert set(gpu.builds.values()) == {1}, (form, gpu.builds)
+        gpu.builds.clear()
+        for length in (40, 48, 64, 641, 4000, 4096, 20000):
+            for q_len in (1, 2, 16):
+                step(length, masks(q_len, length)[form], q_len)
+        # A (B, Skv) mask and a boolean one of 4 dimensions are one form here.
+        assert set(gpu.builds.values()) == (set() if form == 2 else {1}), (form, gpu.builds)
+        gpu.builds.clear()
+        for length in (640, 641, 648, 656):
+            sink_statistics(
+                rows(length), rows(length, 2), IMAGE[:, :length], attention_mask=masks(length)[form],
+                return_column_mean=True, backend="triton",
+            )  # fmt: skip
+        assert set(gpu.builds.values()) == {1}, (form, gpu.builds)
+
+
+def test_the_launches_of_a_call(gpu):
+    """Three for a prompt, two for a short one without a 4-D mask; a mask costs one more."""
+    for length, launches in ((100, (2, 3, 4, 4)), (1000, (3, 4, 4, 4))):
+        for mask, number in zip(masks(length), launches, strict=True):
+            gpu.launched.clear()
+            prompt(length, mask)
+            assert len(gpu.launched) == number
+
+
+def odd(tensor, rng):
+    """The same shape, at another address and of other strides."""
+    kind = rng.randrange(5)
+    if kind == 0:  # an address that 16 does not divide
+        return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    if kind == 1:
+        return tensor.contiguous()
+    if kind == 2:  # strides that 16 does not divide
+        wide = torch.zeros(*tensor.shape[:3], tensor.shape[3] + rng.choice([1, 8]), dtype=tensor.dtype)
+        return wide[..., : tensor.shape[3]]
+    if kind == 3:
+        return tensor[:, :1].expand_as(tensor)
+    return tensor.clone()
+
+
+def test_a_plan_takes_the_build_that_triton_would(gpu):
+    """Random lengths, dimensions, strides, addresses and masks; each problem's own way is asked for beside the plan."""
+    lengths, taken = random.Random(0), 0
+
+    def checked(self, *launches):
+        nonlocal taken
+        for one in launches:
+            build = self.builds.get((one.kernel.fn, one.tile, one.form))
+            if build is not None:
+                taken += 1
+                own = one.kernel.warmup(grid=(one.programs,), **one.arguments, **one.tile.options)
+                assert build is own, (one.kernel.fn.__name__, one.arguments)
+        return launch(self, *launches)
+
+    launch = plan.Plan.launch
+    with mock.patch.object(plan.Plan, "launch", checked):
+        for number in range(160):
+            rng = random.Random(number % 40)  # every form four times, most with other lengths
+            length, dim, heads = lengths.choice([17, 18, 32, 33, 48]), rng.choice([16, 24, 64]), rng.choice([1, 2])
+            query, key = (odd(rows(length, heads, dim), rng) for _ in range(2))
+            mask = rng.choice([*masks(length)[:2], odd(masks(length)[2], rng), odd(masks(length)[3], rng)])
+            if mask is not None and mask.dim() == 4 and rng.random() < 0.3:
+                mask = mask[:1]
+            image = IMAGE[:, :length] if rng.random() < 0.5 else IMAGE[:1, :length].expand(2, -1)
+            head = torch.zeros(2, dtype=torch.int32)
+            options = dict(attention_mask=mask, backend="triton")
+            eah_attention(query, key, key, image, **options)
+            few = query[:, :, :1]
+            short = mask if mask is None or mask.dim() == 2 else mask[:, :, -1:]
+            shared_map_attention(few, key, key, head, attention_mask=short, backend="triton")
+            shared_map_attention(query, key, odd(key, rng), head, **options)
+            sink_statistics(query, key, image, return_column_mean=rng.random() < 0.5, **options)
+    assert taken > 500
+
+
+def calls_of(function):
+    """How many Python functions ran."""
+    number = 0
+
+    def count(frame, event, argument):
+        nonlocal number
+        number += event == "call"
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return number
+
+
+def test_the_second_time_triton_binds_nothing(gpu):
+    prompt(100)
+    step(100)
+    with mock.patch.object(JITFunction, "run", side_effect=AssertionError("Triton's own way")):
+        launches = len(gpu.launched)
+        query, key, value, head = rows(101), rows(101, 2), rows(113, 2), torch.zeros(2, dtype=torch.int32)
+        image, last = IMAGE[:, :101].contiguous(), rows(1)
+        assert calls_of(lambda: eah_attention(query, key, key, image, backend="triton")) <= 135
+        assert len(gpu.launched) == launches + 2
+        assert calls_of(lambda: shared_map_attention(last, value, value, head, backend="triton")) <= 105
+        assert len(gpu.launched) == launches + 4
+
+
+def test_it_is_bounded_and_follows_the_stream(gpu):
+    for length in range(17, 17 + 20):
+        prompt(length)
+    assert plan._kept.cache_info().maxsize == plan.PLANS and plan._kept.cache_info().currsize <= 2
+    gpu.stream = 7
+    gpu.launched.clear()
+    prompt(40)
+    assert {stream for _, _, stream, _ in gpu.launched} == {7}
+
+
+def test_hooks_see_every_launch(gpu):
+    prompt(100)
+    seen = []
+
+    def hook(metadata):
+        seen.append(metadata.name)
+
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(hook)
+    try:
+        prompt(100)
+        prompt(100)
+    finally:
+        hooks.remove(hook)
+    prompt(100)
+    assert seen == ["_one_pass_kernel", "_attend_kernel"] * 2
+
+
+def test_a_step_keeps_all_multiprocessors_busy_to_the_end():
+    """Of one resident program each, on sm_90: blocks of keys walked where most are, by those walked on average."""
+    slots, block_n = 132, 32
+    for kv_len in (4096, 16384):
+        for programs in (8, 1, 2, 4, 16, 64):  # of a stretch: 32 KV heads four at a time, 4 KV heads, more batch rows
+            walk = kv_len // block_n
+            stretches = few_rows.split(walk, programs, slots)
+            longest, number = -(-walk // stretches), programs * stretches
+            turns = -(-number // slots)
+            busy = walk * programs / (turns * longest * slots)
+            assert busy >= 0.9 or (programs < 4 and kv_len == 4096), (kv_len, programs, stretches, busy)
+            assert longest >= 8 or turns == 1, (kv_len, programs, stretches)
+    assert few_rows.split(128, 8, slots) == 16 and few_rows.split(512, 8, slots) == 16
+
+
+@contextmanager
+def own_way():
+    with mock.patch.object(plan, "_kept", lambda *key: plan.Plan()):
+        yield
+
+
+@pytest.mark.parametrize("mask", [None, "left"])
+def test_what_it_launches_computes_the_same(mask):
+    """Executed: the first and later times, with other addresses, alignment, strides and lengths, as by Triton's way."""
+    generator = torch.Generator().manual_seed(1)
+
+    def problem(length, offset=0, contiguous=False):
+        flat = torch.randn(offset + 3 * length * 2 * 64, generator=generator).bfloat16()[offset:]
+        tensors = flat.view(3, 1, length, 2, 64).transpose(2, 3).unbind()
+        return [tensor.contiguous() for tensor in tensors] if contiguous else tensors
+
+    def results(query, key, value):
+        length = query.shape[2]
+        shown = None if mask is None else torch.arange(length)[None] >= 7
+        options = dict(attention_mask=shown, backend="triton")
+        head = torch.tensor([1], dtype=torch.int32)
+        return (
+            *eah_attention(query, key, value, IMAGE[:1, :length].clone(), threshold=0.02, **options),
+            shared_map_attention(query[:, :, -1:], key, value, head, **options),
+        )
+
+    plan._kept.cache_clear()
+    kinds = [dict(length=70), dict(length=70), dict(length=70, offset=1), dict(length=80), dict(length=70)]
+    kinds += [dict(length=70, contiguous=True)]
+    ran = Counter()
+    with compiled("sm_80", observe=lambda launched: ran.update([launched.name])):
+        for kind in kinds:
+            tensors = problem(**kind)
+            got = results(*tensors)
+            with own_way():
+                want = results(*tensors)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), kind
+    assert plan._kept.cache_info().hits >= 4 and ran["_attend_kernel"] == 2 * len(kinds)
