@@ -206,7 +206,8 @@ def test_drafted_tokens(how):
 
 def test_pipeline():
     """image-text-to-text, as far as it goes without a processor: the model is called by the pipeline's generate."""
-    from .test_processors import Image, processor_of
+    Image = pytest.importorskip("PIL.Image")
+    from ..support.processors import processor_of
 
     model, process = build_family("llava"), processor_of("llava")
     pipe = transformers.pipeline("image-text-to-text", model=model, processor=process, device="cpu")
