@@ -20,13 +20,13 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 ATTENTION = [
     (Case(q_len=200, heads=2, kv_heads=1), BRAIN),
-    (Case(q_len=113, heads=7, kv_heads=1, dim=128, image="absent"), HALF),
-    (Case(q_len=70, heads=2, kv_heads=2, dim=256, image="last"), BRAIN),
+    (Case(q_len=113, kv_len=130, heads=7, kv_heads=1, dim=128, image="absent"), HALF),
+    (Case(q_len=70, kv_len=80, heads=2, kv_heads=2, dim=256, image="last"), BRAIN),
     (Case(q_len=70, heads=6, kv_heads=3, dim=192, value_dim=128), HALF),
     (Case(q_len=65, heads=2, dim=72, value_dim=24, kv_heads=2, layout="sliced"), BRAIN),
     (Case(q_len=130, heads=2, kv_heads=2, mask="left"), BRAIN),
     (Case(q_len=130, kv_len=200, heads=2, kv_heads=1, mask="right", causal=False), HALF),
-    (Case(q_len=113, heads=2, kv_heads=2, sliding_window=30, softcap=5.0), BRAIN),
+    (Case(q_len=113, kv_len=120, heads=2, kv_heads=2, sliding_window=30, softcap=5.0), BRAIN),
     (Case(q_len=140, heads=2, kv_heads=1, mask="bool_causal", causal=False, dim=128), BRAIN),
     (Case(q_len=100, heads=4, kv_heads=2, mask="bool_heads", image="scattered"), HALF),
     (Case(q_len=140, heads=2, kv_heads=1, mask="bias_few", image="first"), SINGLE),

@@ -9,7 +9,7 @@ import torch
 
 from eah_kernels import reference
 from eah_kernels.masks import Scoring
-from tests.support.cases import Case, assert_close, exact, make, run
+from tests.support.cases import LAYOUTS, Case, Inputs, assert_close, exact, laid_out, make, run
 
 pytest.importorskip("triton")
 
@@ -21,7 +21,7 @@ from eah_kernels.triton.launch import Launch, Problem
 SMALL = dict(heads=2, kv_heads=1, dim=16)
 EDGES = [
     Case(q_len=1, image="all", **SMALL),
-    Case(q_len=2, image="all", **SMALL),
+    Case(q_len=2, image="all", batch=1, **SMALL),
     Case(q_len=64, image="absent", **SMALL),
     Case(q_len=65, image="all", mask="left", batch=3, **SMALL),
     Case(q_len=130, image="scattered", mask="right", batch=3, **SMALL),
@@ -67,6 +67,28 @@ def test_at_the_edges(case, launched, kernel_device):
     short = case.q_len <= 768 and kernel_device == "cpu"  # on a GPU, float32 is none of its tiles
     statistics = ["one_pass"] if short else ["lse", "sinks"]
     assert names(launched) == ["pack_keys"] * (case.mask is not None) + [*statistics, "attend"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_operand_needs_a_layout(layout, launched, kernel_device):
+    """Also with NaN in the hidden keys and in the rows that stand there."""
+    inputs = make(Case(q_len=70, image="all", mask="left", **SMALL), torch.float16, kernel_device)
+    hidden = ~inputs.attention_mask[:, None, :, None]
+    for tensor in (inputs.query, inputs.key, inputs.value):
+        tensor.masked_fill_(hidden, torch.nan)
+    if layout == "expanded":  # the first batch row stands for all
+        inputs = Inputs(*(t[:1].repeat(2, *[1] * (t.dim() - 1)) for t in tensors_of(inputs)), inputs.rules)
+    elsewhere = Inputs(*(laid_out(t, layout) for t in tensors_of(inputs)), inputs.rules)
+    want, got = (run(each, 0.02, "triton") for each in (inputs, elsewhere))
+    assert names(launched).count("one_pass") == 2 and want.sink_counts.any()
+    seen = inputs.attention_mask[:, None, :, None].expand_as(want.output)
+    assert torch.equal(got.sink_counts, want.sink_counts) and torch.equal(got.head, want.head)
+    assert torch.equal(got.output[seen], want.output[seen]) and not want.output[seen].isnan().any()
+    assert torch.equal(want.sink_counts, run(inputs, 0.02, "torch").sink_counts)
+
+
+def tensors_of(inputs: Inputs) -> list[torch.Tensor]:
+    return [inputs.query, inputs.key, inputs.value, inputs.image_mask, inputs.attention_mask]
 
 
 @pytest.mark.parametrize("mask", [None, "left"])
