@@ -263,42 +263,40 @@ void few_rows_statistics(const Problem& p, const bool* image_mask, float* mean, 
   }
 }
 
-void few_rows_attend(const Problem& p, const Values& values, const int32_t* head, const View& output) {
+void few_rows_attend(const Problem& p, int64_t b, const Values& values, int64_t head, const View& output) {
   const int64_t group = p.heads / p.kv_heads, ld = whole_vectors(values.dim), size = p.q_len * ld;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const bool shared = head[b] >= 0;
-    // With a chosen head an output for each KV head, written for all of its query heads; else one for each of those.
-    const int64_t together = shared ? 1 : group, copies = shared ? group : 1;
-    const int64_t outputs = p.kv_heads * together;
-    const int64_t first_head = shared ? head[b] : 0, heads = shared ? 1 : p.heads;
-    const std::vector<Visibility> rules = visibilities(p, b, first_head, heads);
-    Maps maps(p, b, first_head, heads, rules);
-    maps.make(nullptr, [](int64_t) {});
-    const Buffer<float> parts(maps.stretches * outputs * size);
-    Countdown left(p.kv_heads, maps.stretches);
-    for_each_item(
-        maps.stretches * p.kv_heads,
-        [&] { return Scratch{Buffer<float>(KEYS * ld), Buffer<float>(p.q_len * KEYS)}; },
-        [&](int64_t item, const Scratch& scratch) {
-          const int64_t stretch = item / p.kv_heads, kv_head = item % p.kv_heads;
-          float* part = parts.data() + (stretch * outputs + kv_head * together) * size;
-          const int64_t first_map = shared ? 0 : kv_head * group;
-          add_stretch(part, maps, stretch, first_map, together, values, kv_head, scratch);
-          if (!left.last_of(kv_head)) {
-            return;
+  const bool shared = head >= 0;
+  // With a chosen head an output for each KV head, written for all of its query heads; else one for each of those.
+  const int64_t together = shared ? 1 : group, copies = shared ? group : 1;
+  const int64_t outputs = p.kv_heads * together;
+  const int64_t first_head = shared ? head : 0, heads = shared ? 1 : p.heads;
+  const std::vector<Visibility> rules = visibilities(p, b, first_head, heads);
+  Maps maps(p, b, first_head, heads, rules);
+  maps.make(nullptr, [](int64_t) {});
+  const Buffer<float> parts(maps.stretches * outputs * size);
+  Countdown left(p.kv_heads, maps.stretches);
+  for_each_item(
+      maps.stretches * p.kv_heads,
+      [&] { return Scratch{Buffer<float>(KEYS * ld), Buffer<float>(p.q_len * KEYS)}; },
+      [&](int64_t item, const Scratch& scratch) {
+        const int64_t stretch = item / p.kv_heads, kv_head = item % p.kv_heads;
+        float* part = parts.data() + (stretch * outputs + kv_head * together) * size;
+        const int64_t first_map = shared ? 0 : kv_head * group;
+        add_stretch(part, maps, stretch, first_map, together, values, kv_head, scratch);
+        if (!left.last_of(kv_head)) {
+          return;
+        }
+        for (int64_t first = kv_head * together; first < (kv_head + 1) * together; ++first) {
+          float* sum = parts.data() + first * size;
+          for (int64_t other = 1; other < maps.stretches; ++other) {
+            const float* more = parts.data() + (other * outputs + first) * size;
+            std::transform(more, more + size, sum, sum, std::plus<float>());
           }
-          for (int64_t first = kv_head * together; first < (kv_head + 1) * together; ++first) {
-            float* sum = parts.data() + first * size;
-            for (int64_t other = 1; other < maps.stretches; ++other) {
-              const float* more = parts.data() + (other * outputs + first) * size;
-              std::transform(more, more + size, sum, sum, std::plus<float>());
-            }
-            for (int64_t h = first * copies; h < (first + 1) * copies; ++h) {
-              store(output, p.dtype, b, h, 0, p.q_len, sum, ld, values.dim);
-            }
+          for (int64_t h = first * copies; h < (first + 1) * copies; ++h) {
+            store(output, p.dtype, b, h, 0, p.q_len, sum, ld, values.dim);
           }
-        });
-  }
+        }
+      });
 }
 
 }  // namespace eah::cpu::CPU_CAPABILITY

@@ -209,51 +209,49 @@ void times_values(RowBlock<T>& block, const Problem& p, const T* map, const T* p
 }
 
 template <typename T>
-void attend_as(const Problem& p, const Values& values, const int32_t* head, const View& output) {
+void attend_as(const Problem& p, int64_t b, const Values& values, int64_t head, const View& output) {
   const int64_t blocks = (p.q_len + ROWS - 1) / ROWS, group = p.heads / p.kv_heads, n = tiles(p.kv_len);
   const int64_t key_size = n * KEYS * padded_dim<T>(p.dim), value_size = n * KEYS * padded_value_dim(values.dim);
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const bool shared = head[b] >= 0;
-    // Ordinary attention under a mask per head sees other keys in each head: each gets its own values.
-    const bool per_head = !shared && p.scoring.mask_heads > 1;
-    const int64_t value_heads = per_head ? p.heads : p.kv_heads;
-    std::vector<Visibility> rules;
-    for (int64_t h = 0; h < (per_head ? p.heads : 1); ++h) {
-      rules.push_back(visibility(p, b, shared ? head[b] : h));
-    }
-    const Buffer<T> keys = shared ? packed_keys<T>(p, b, head[b] / group, 1) : packed_keys<T>(p, b, 0, p.kv_heads);
-    const Buffer<T> packed(value_heads * value_size);
-    for_each_item(
-        value_heads * n, [&] { return Buffer<T>(KEYS * padded_value_dim(values.dim)); },
-        [&](int64_t item, Buffer<T>& scratch) {
-          const int64_t h = item / n;
-          pack_values(packed.data() + h * value_size, p, values, rules[per_head ? h : 0].seen.data(), b,
-                      per_head ? h / group : h, item % n, scratch.data());
-        });
-    // The last row blocks, the largest under a causal mask, go first. A map is computed again for every share of the
-    // value heads, so there are only as many shares as keep the threads busy.
-    const int64_t wanted = (4 * at::get_num_threads() + blocks - 1) / blocks;
-    const int64_t shares = shared ? std::min(p.kv_heads, wanted) : p.kv_heads;
-    for_each_item(
-        blocks * shares, [&] { return RowBlock<T>(p, values.dim); },
-        [&](int64_t item, RowBlock<T>& block) {
-          const int64_t row0 = (blocks - 1 - item / shares) * ROWS, share = item % shares;
-          if (shared) {
-            make_weights(block, p, b, head[b], row0, keys.data());
-            const T* map = normalised(block);
-            for (int64_t h = share; h < p.kv_heads; h += shares) {
-              times_values(block, p, map, packed.data() + h * value_size, values.dim, output, b, row0, h * group,
-                           group);
-            }
-            return;
-          }
-          for (int64_t h = share * group; h < (share + 1) * group; ++h) {
-            make_weights(block, p, b, h, row0, keys.data() + share * key_size);
-            times_values(block, p, normalised(block), packed.data() + (per_head ? h : share) * value_size, values.dim,
-                         output, b, row0, h, 1);
-          }
-        });
+  const bool shared = head >= 0;
+  // Ordinary attention under a mask per head sees other keys in each head: each gets its own values.
+  const bool per_head = !shared && p.scoring.mask_heads > 1;
+  const int64_t value_heads = per_head ? p.heads : p.kv_heads;
+  std::vector<Visibility> rules;
+  for (int64_t h = 0; h < (per_head ? p.heads : 1); ++h) {
+    rules.push_back(visibility(p, b, shared ? head : h));
   }
+  const Buffer<T> keys = shared ? packed_keys<T>(p, b, head / group, 1) : packed_keys<T>(p, b, 0, p.kv_heads);
+  const Buffer<T> packed(value_heads * value_size);
+  for_each_item(
+      value_heads * n, [&] { return Buffer<T>(KEYS * padded_value_dim(values.dim)); },
+      [&](int64_t item, Buffer<T>& scratch) {
+        const int64_t h = item / n;
+        pack_values(packed.data() + h * value_size, p, values, rules[per_head ? h : 0].seen.data(), b,
+                    per_head ? h / group : h, item % n, scratch.data());
+      });
+  // The last row blocks, the largest under a causal mask, go first. A map is computed again for every share of the
+  // value heads, so there are only as many shares as keep the threads busy.
+  const int64_t wanted = (4 * at::get_num_threads() + blocks - 1) / blocks;
+  const int64_t shares = shared ? std::min(p.kv_heads, wanted) : p.kv_heads;
+  for_each_item(
+      blocks * shares, [&] { return RowBlock<T>(p, values.dim); },
+      [&](int64_t item, RowBlock<T>& block) {
+        const int64_t row0 = (blocks - 1 - item / shares) * ROWS, share = item % shares;
+        if (shared) {
+          make_weights(block, p, b, head, row0, keys.data());
+          const T* map = normalised(block);
+          for (int64_t h = share; h < p.kv_heads; h += shares) {
+            times_values(block, p, map, packed.data() + h * value_size, values.dim, output, b, row0, h * group,
+                         group);
+          }
+          return;
+        }
+        for (int64_t h = share * group; h < (share + 1) * group; ++h) {
+          make_weights(block, p, b, h, row0, keys.data() + share * key_size);
+          times_values(block, p, normalised(block), packed.data() + (per_head ? h : share) * value_size, values.dim,
+                       output, b, row0, h, 1);
+        }
+      });
 }
 
 // bfloat16 stays bfloat16 where the processor multiplies it; elsewhere, and float16 always, goes through float32.
@@ -269,19 +267,23 @@ bool multiplies_bfloat16(Dtype dtype) {
 }  // namespace
 
 void statistics(const Problem& p, const bool* image, float* mean, float* lse) {
-  if (p.q_len <= FEW_ROWS) {
+  if (takes_few_rows(p, false)) {
     return few_rows_statistics(p, image, mean, lse);
   }
   multiplies_bfloat16(p.dtype) ? statistics_as<BFloat16>(p, image, mean, lse)
-                                     : statistics_as<float>(p, image, mean, lse);
+                               : statistics_as<float>(p, image, mean, lse);
 }
 
 void attend(const Problem& p, const Values& values, const int32_t* head, const View& output) {
-  if (p.q_len <= FEW_ROWS) {
-    return few_rows_attend(p, values, head, output);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (takes_few_rows(p, head[b] >= 0)) {
+      few_rows_attend(p, b, values, head[b], output);
+    } else if (multiplies_bfloat16(p.dtype)) {
+      attend_as<BFloat16>(p, b, values, head[b], output);
+    } else {
+      attend_as<float>(p, b, values, head[b], output);
+    }
   }
-  multiplies_bfloat16(p.dtype) ? attend_as<BFloat16>(p, values, head, output)
-                                     : attend_as<float>(p, values, head, output);
 }
 
 }  // namespace eah::cpu::CPU_CAPABILITY

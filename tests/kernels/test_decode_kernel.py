@@ -20,6 +20,7 @@ SHAPES = [
     Case(q_len=5, kv_len=3, causal=False),
     Case(q_len=4, kv_len=4),
     Case(q_len=1, kv_len=5000, heads=2, kv_heads=1, dim=16),  # as many stretches as there may be
+    Case(q_len=7, kv_len=90, heads=8, kv_heads=2),
 ]
 MASKS = [
     Case(q_len=1, kv_len=300, mask="left"),
