@@ -71,7 +71,7 @@ sanitize: $(INSTALLED)
 	    build --build-base build/sanitize --build-lib build/sanitize/lib
 	grep -q __asan_ build/sanitize/lib/eah_kernels/_C.abi3.so
 	$(SANITIZED) $(VENV)/bin/python -m pytest -o pythonpath="build/sanitize/lib python" \
-	    $(addprefix tests/kernels/test_,native.py backends.py hidden.py) -k "native and not missing"
+	    $(addprefix tests/kernels/test_,native.py backends.py hidden.py decode_kernel.py) -k "native and not missing"
 	cd build/sanitize/lib && PYTHONPATH=$(CURDIR) $(SANITIZED) $(abspath $(VENV))/bin/python -W ignore \
 	    -m tests.kernels.fuzz --backends native \
 	    --minutes $(or $(MINUTES),1) $(if $(SEED),--seed $(SEED))
