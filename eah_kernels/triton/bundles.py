@@ -108,6 +108,7 @@ class Rules(NamedTuple):
     SOFTCAP: bool
     BY_KEY: bool  # the mask, if any, is read by key
     BOTH_SIDES: bool  # a block that is not seen whole may lie before the whole ones and after them
+    WGMMA: bool  # sm_90: a product runs beside its warps until it is waited for
 
 
 class Values(NamedTuple):

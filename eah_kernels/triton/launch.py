@@ -152,6 +152,7 @@ def rules_for(
         SOFTCAP=capped,
         BY_KEY=mask in (NO_MASK.value, KEY_MASK.value),
         BOTH_SIDES=mask != NO_MASK.value or windowed,
+        WGMMA=target == "sm_90",
     )
 
 

@@ -3,20 +3,28 @@
     python -m tests.compiled.resources          the builds CI makes: sm_90 in full, every other target's primary row
     python -m tests.compiled.resources --all    every row of the tile table, masked ones under every form of mask
 
-Kind: plain, float32, or of 16 bits under a 2-D mask (key), a 4-D boolean (bool) or an additive one (bias).
+Kind: plain, float32, of 16 bits under a 2-D mask (key), a 4-D boolean (bool) or an additive one (bias); fast: a Gluon
+kernel.
 Columns: registers a thread, bytes spilled, shared memory in KiB, the matrix instruction found in the machine code.
 Then, for NVIDIA, of each steady-state loop (blocks that every row sees whole, whatever the mask): instructions a thread
 issues per score; the same of the loop over the other blocks, at edges and where a mask splits them; and the clocks of a
-multiprocessor per score that the former's issues, exps and matrix products take alone. That is a model.
+multiprocessor per score that the former's issues, exps and matrix products take alone. That is a model. On sm_90 also,
+a product (wgmma): the exps that are taken between it and the wait for it, and the waits.
 `attend` has two loops: for the shared map and, with a running maximum, for a head's own map. `pack` and `few_rows` have
 none that counts. `one_pass` has no loop: its issues are all its instructions, both ways of each branch, for the scores
 that it holds.
 
 Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, spills without
 the tile table (eah_kernels/triton/tiles.py) saying why, or reads shared memory through the async proxy without a
-fence (fences.py; wgmma and tcgen05, so sm_90 and sm_100); on sm_90 in 16 bits, masked or not, also when a statistics
-loop issues more than 10 % above the floor of its exps and matrix products, the shared map has no loop without a running
-maximum, a loop loads scalars from global memory, or a boolean mask more than doubles what a loop issues.
+fence (fences.py; wgmma and tcgen05, so sm_90 and sm_100); on sm_90 when ptxas notes that it waits for every wgmma at
+once (C75xx). On sm_90 in 16 bits, masked or not, also when a statistics loop issues more than 10 % above the floor of
+its exps and matrix products, the shared map has no loop without a running maximum, a loop loads scalars from global
+memory, or a boolean mask more than doubles what a loop issues.
+
+Of the fast rows it asks more: no spill in a loop for any reason, and of lse and sinks at most 5.5 instructions a score
+and at least 5 exps a product beside it. The Triton kernels meet neither of these two: they wait for a product and then
+take its exps. The scan for fences knows no addresses, and would name what Gluon hands its groups of warps through
+shared memory; test_hopper.py has the fast kernels executed with every access checked.
 """
 
 from __future__ import annotations
@@ -40,7 +48,7 @@ from eah_kernels.masks import Scoring
 from eah_kernels.triton import attend, few_rows, lse, one_pass, pack, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem
-from eah_kernels.triton.tiles import HEAD_DIMS, SHORT, SHORT_TILES, TILES
+from eah_kernels.triton.tiles import FAST, HEAD_DIMS, SHORT, SHORT_TILES, TILES, FastTile
 
 from .fences import unfenced_reads
 from .sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop, whole_program
@@ -110,6 +118,7 @@ class Cost(NamedTuple):
     loops: dict[str, Loop | None] | None = None  # by what they compute
 
 
+FAST_ISSUES, FAST_EXPS_BETWEEN = 5.5, 5  # of the statistics' fast rows: at most, at least
 # online? "few_rows" waits for memory, not for its loop
 LOOPS = {"lse": {"lse": True}, "sinks": {"sinks": False}, "attend": {"shared map": False, "own map": True}}
 
@@ -132,8 +141,11 @@ def compile_launch(launch: Launch, target: str) -> Cost:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([_path(name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _path(tool: str) -> Path:
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / tool
 
 
 def make_launch(row: Row) -> Launch:
@@ -150,9 +162,9 @@ def make_launch(row: Row) -> Launch:
         "bool": empty(batch, 1, q_len, length, dtype=torch.bool),
         "bias": empty(batch, 1, q_len, length),
     }[row.mask]
-    mask = None if row.kind == "plain" else mask
-    few = row.kernel == "few_rows"
-    problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target, by_key=not few)
+    mask = None if row.kind in ("plain", "fast") else mask
+    fast, few = row.kind == "fast", row.kernel == "few_rows"
+    problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target, fast=fast, by_key=not few)
     image = empty(batch, length, dtype=torch.uint8)
     tally = Tally(*(empty(batch, *shape, dtype=torch.int32) for shape in ((heads,), (2,))))
     head = empty(batch, dtype=torch.int32)
@@ -195,6 +207,9 @@ def rows(everything: bool) -> list[Row]:
         table = [r for r in table if r.mask == "bias" or r.head_dim == 128]
         table = [r for r in table if r.kernel != "few_rows" or (r.kind, r.head_dim) == primary[1:]]
         table = [r for r in table if not r.short or (r.target == "sm_90" and r.head_dim == 128 and r.mask != "bool")]
+    table += [
+        Row(kernel, target, "fast", dim) for kernel in FAST for target in FAST[kernel] for dim in FAST[kernel][target]
+    ]
     targets = TARGETS if everything else ("sm_90",)
     return table + [Row("pack", target, "masked", 128, mask) for target in targets for mask in ("key", "bias")]
 
@@ -203,24 +218,43 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     """What the row costs, and what is wrong with it."""
     launch = make_launch(row)
     cost = compile_launch(launch, row.target)
-    target, tile = TARGETS[row.target], launch.tile
-    elements = tile.block_m * tile.block_n / (32 * tile.num_warps)
-    loops = {name: steady_loop(cost.code, elements, online) for name, online in LOOPS.get(row.kernel, {}).items()}
+    target, tile, fast = TARGETS[row.target], launch.tile, isinstance(launch.tile, FastTile)
+    if fast:  # of a group of four warps, which keeps 64 rows or, in sinks, 64 keys
+        scores = 64 * (tile.block_m if row.kernel == "sinks" else tile.block_n)
+    else:
+        scores = tile.block_m * (SHORT if row.kernel == "one_pass" else tile.block_n)
+    elements = scores / (32 * tile.options["num_warps"])
+    online = LOOPS.get(row.kernel, {})
+    loops = {name: steady_loop(cost.code, elements, online[name], several=fast) for name in online}
     if row.kernel == "one_pass":
-        loops = {"one pass": whole_program(cost.code, tile.block_m * SHORT / (32 * tile.num_warps))}
+        loops = {"one pass": whole_program(cost.code, elements)}
     problems = []
+    if fast != (row.kind == "fast"):
+        problems.append("not the kernel that the row names")
     if cost.shared_bytes > target.shared_kib * 1024:
         problems.append(f"more than {target.shared_kib} KiB of shared memory")
     if (loops or row.kernel == "few_rows") and row.matrix not in cost.code:
         problems.append(f"no {row.matrix} instruction")
     if cost.spill_bytes and not tile.spills:
         problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")
-    unfenced = unfenced_reads(cost.ptx)
+    unfenced = {} if fast else unfenced_reads(cost.ptx)
     if unfenced:
         problems.append(f"{len(unfenced)} matrix instructions read shared memory without a proxy fence")
+    if row.target == "sm_90":
+        problems += serialised(cost.ptx)
     if row.target == "sm_90" and row.kind != "float32":
         problems += [problem for name, loop in loops.items() for problem in loop_problems(row, name, loop)]
     return row, cost._replace(code="", ptx="", loops=loops), problems
+
+
+def serialised(ptx: str) -> list[str]:
+    """ptxas's notes C75xx, by number: it waits for each wgmma before the next, and why."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [_path("ptxas"), "-v", "--gpu-name=sm_90a", file.name, "--output-file", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [f"ptxas serialises wgmma: {note}" for note in sorted(set(re.findall(r"\(C75\d\d\)", done.stderr)))]
 
 
 def loop_problems(row: Row, name: str, loop: Loop | None) -> list[str]:
@@ -235,6 +269,13 @@ def loop_problems(row: Row, name: str, loop: Loop | None) -> list[str]:
         problems.append(
             f"issues {loop.edge_issues:.1f} a score where the mask splits a block: more than twice {name}'s"
         )
+    if row.kind == "fast" and loop.spills:
+        problems.append(f"{loop.spills} accesses of spilled registers in the {name} loop")
+    if row.kind == "fast" and row.kernel in ("lse", "sinks"):
+        if loop.issues > FAST_ISSUES:
+            problems.append(f"issues {loop.issues:.1f} a score: more than {FAST_ISSUES}")
+        if loop.exps_between < FAST_EXPS_BETWEEN:
+            problems.append(f"{loop.exps_between:.1f} exps beside a product: fewer than {FAST_EXPS_BETWEEN}")
     if loop.scalar_loads:
         problems.append(f"{loop.scalar_loads} scalar loads in the {name} loop")
     return problems
@@ -247,7 +288,8 @@ def clocks(row: Row, name: str, loop: Loop, value_width: int) -> str:
     if row.kind != "float32":
         values = {"shared map": value_width, "own map": row.head_dim}.get(name, 0)
         text += f" {(row.head_dim + values) / MATRIX_A_CLOCK[row.target]:6.3f}"
-    return f"{text:33} {name}"
+    beside = f"{loop.exps_between:5.1f} {loop.waits:5.2f}" if row.target == "sm_90" else ""
+    return f"{text:33} {beside:11}  {name}"
 
 
 def main() -> int:
@@ -256,17 +298,19 @@ def main() -> int:
     chosen = rows(parser.parse_args().all)
     print(f"{len(chosen)} builds, triton {triton.__version__}")
     print("target  kernel dims  kind     block_m x block_n  warps stages  registers  spilled  shared KiB", end="")
-    print("  matrix   issues  edge  clocks: issue, exp, matrix")
+    print("  matrix   issues  edge  clocks: issue, exp, matrix  a product: exps beside, waits")
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row, cost, problems in pool.map(build, chosen):
             tile = make_launch(row).tile
-            loops = [clocks(row, name, loop, tile.value_width) for name, loop in cost.loops.items() if loop]
+            width, warps = getattr(tile, "value_width", 0), tile.options["num_warps"]
+            stages = tile.options.get("num_stages", getattr(tile, "stages", 0))
+            loops = [clocks(row, name, loop, width) for name, loop in cost.loops.items() if loop]
             failed += bool(problems)
             kind = row.mask if row.kind == "masked" else row.kind
             print(
                 f"{row.target:7} {row.kernel:6} {row.head_dim:4}  {kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
-                f"{tile.num_warps:5} {tile.num_stages:6}  {cost.registers:9}  {cost.spill_bytes:7}  "
+                f"{warps:5} {stages:6}  {cost.registers:9}  {cost.spill_bytes:7}  "
                 f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {loops[0] if loops else ''}  {'; '.join(problems)}",
                 flush=True,
             )

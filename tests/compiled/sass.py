@@ -14,18 +14,20 @@ MATRIX_A_CLOCK = {"sm_80": 1024, "sm_89": 512, "sm_90": 2048, "sm_100": 4096}  #
 
 
 class Loop(NamedTuple):
-    """Per score element of the loop's tile."""
-
-    issues: float
-    exps: float
+    issues: float  # a score
+    exps: float  # a score
     scalar_loads: int  # loads of less than 8 bytes from global memory
-    edge_issues: float  # of the loop over the blocks that a mask or the diagonal splits
+    spills: int  # loads from local memory and stores there
+    waits: float  # of wgmma, a product
+    exps_between: float  # taken while a wgmma is under way, a product
+    edge_issues: float  # a score, of the loop over the blocks that a mask or the diagonal splits
 
 
-def steady_loop(code: str, elements_a_thread: float, online: bool) -> Loop | None:
+def steady_loop(code: str, elements_a_thread: float, online: bool, several: bool = False) -> Loop | None:
     """The innermost loop with matrix products and exps that issues least, and what the one that issues most does.
 
-    online: among those with a running maximum (FMNMX), an online softmax; else among those without.
+    online: among those with a running maximum (FMNMX), an online softmax; else among those without. several: a loop
+    may take more tiles a step than one, as many as its exps tell.
     """
     instructions = [(int(m[1], 16), m[2].strip()) for m in INSTRUCTION.finditer(code)]
     found = {}  # (first address, last) -> instructions
@@ -42,20 +44,41 @@ def steady_loop(code: str, elements_a_thread: float, online: bool) -> Loop | Non
     if not found:
         return None
     loops = [body for span, body in found.items() if not any(_holds(span, other) for other in found)]
-    best = min(loops, key=len)
-    kinds = Counter(t.split()[0] for t in best)
-    scalar = sum(n for kind, n in kinds.items() if re.fullmatch(r"LDG(\.E)?(\.U8|\.S8|\.U16)?", kind))
-    edge = max(map(len, loops)) / elements_a_thread
-    return Loop(len(best) / elements_a_thread, kinds["MUFU.EX2"] / elements_a_thread, scalar, edge)
+    by_issues = []
+    for body in loops:
+        exps = sum(text.startswith("MUFU.EX2") for text in body)
+        elements = elements_a_thread * (round(exps / elements_a_thread) if several else 1)
+        by_issues.append((len(body) / elements, exps / elements, body))
+    issues, exps, best = min(by_issues)
+    scalar = sum(bool(re.match(r"LDG(\.E)?(\.U8|\.S8|\.U16)? ", text)) for text in best)
+    spills = sum(text.startswith(("LDL", "STL")) for text in best)
+    return Loop(issues, exps, scalar, spills, *overlap(best), max(by_issues)[0])
+
+
+def overlap(body: list[str]) -> tuple[float, float]:
+    """Of a loop: waits for wgmma a product, and the exps taken, a product, between a wgmma and the wait for it."""
+    products = sum(text.startswith("HGMMA") for text in body)
+    under_way = False
+    for _ in range(2):  # what the first turn leaves under way, the second one finds
+        waits, exps = 0, 0
+        for text in body:
+            if text.startswith("HGMMA"):
+                under_way = True
+            elif text.startswith("WARPGROUP.DEPBAR"):
+                waits += 1
+                under_way &= not text.endswith("0x0")
+            elif text.startswith("MUFU.EX2"):
+                exps += under_way
+    return (waits / products, exps / products) if products else (0.0, 0.0)
 
 
 def whole_program(code: str, elements_a_thread: float) -> Loop | None:
     """The same of a program without a loop, both ways of each of its branches."""
-    kinds = Counter(m[2].split()[0] for m in INSTRUCTION.finditer(code))
-    if not kinds:
+    body = [m[2].strip() for m in INSTRUCTION.finditer(code)]
+    if not body:
         return None
-    issues = kinds.total() / elements_a_thread
-    return Loop(issues, kinds["MUFU.EX2"] / elements_a_thread, 0, issues)
+    issues, exps = len(body), sum(text.startswith("MUFU.EX2") for text in body)
+    return Loop(issues / elements_a_thread, exps / elements_a_thread, 0, 0, *overlap(body), issues / elements_a_thread)
 
 
 def _holds(span: tuple[int, int], other: tuple[int, int]) -> bool:

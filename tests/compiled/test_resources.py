@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from .sass import overlap
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -24,16 +26,44 @@ print(resources.build(row)[2])
 kinds = TILES["attend"]["sm_90"]
 kinds["float32"] = tuple(replace(tile, spills="") for tile in kinds["float32"])
 print(resources.build(row)[2])
+row = resources.Row("lse", "sm_90", "fast", 128)
+resources.FAST_ISSUES, resources.FAST_EXPS_BETWEEN = 4, 20
+print(resources.build(row)[2])
+row = resources.Row("attend", "sm_90", "plain", 64)
+launch = resources.make_launch(row)
+launch.arguments["R"] = launch.arguments["R"]._replace(WGMMA=False)
+resources.make_launch = lambda row: launch
+print(resources.build(row)[2])
 """
 
 
 def test_every_kind_of_wrong_build_is_told():
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
-    right, wrong, excused, spilling = map(eval, done.stdout.splitlines())
+    right, wrong, excused, spilling, slow, serialised = map(eval, done.stdout.splitlines())
     assert right == [] and excused == []
     assert wrong == ["more than 1 KiB of shared memory", "no UTCHMMA instruction"]
     assert len(spilling) == 1 and spilling[0].startswith("spills ")
+    assert ["more than 4" in slow[0], "fewer than 20" in slow[1], len(slow)] == [True, True, 2]
+    assert serialised == ["ptxas serialises wgmma: (C7515)"]
+
+
+EXP, PRODUCT, WAIT = "MUFU.EX2 R1, R2", "HGMMA.64x128x16.F32 R8, R4", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+@pytest.mark.parametrize(
+    ("loop", "waits", "exps"),
+    [
+        ([PRODUCT, PRODUCT, WAIT, EXP, EXP], 0.5, 0),
+        ([PRODUCT, EXP, PRODUCT, EXP, WAIT, EXP], 0.5, 1),
+        ([PRODUCT, WAIT, EXP, PRODUCT, EXP, WAIT], 1, 0.5),
+        ([EXP, EXP, WAIT, PRODUCT], 1, 2),  # of the turn before
+        ([PRODUCT, "WARPGROUP.DEPBAR.LE gsb0, 0x1", EXP, WAIT], 2, 1),  # the first wait leaves it under way
+        (["HMMA.16816.F32 R8, R4", EXP], 0, 0),
+    ],
+)
+def test_exps_beside_a_product(loop, waits, exps):
+    assert overlap(loop) == (waits, exps)
 
 
 @pytest.mark.parametrize("short", [False, True])
