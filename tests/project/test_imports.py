@@ -135,3 +135,14 @@ def test_a_folder_of_eah_is_not_taken_for_transformers():
     assert "is a part of eah and was imported as transformers" in out and "start from another folder" in out
     for folder in ("python", "python/eah/cli", "python/eah/transformers"):
         run("import eah.transformers.find, transformers; transformers.AttentionInterface", folder=ROOT / folder)
+
+
+def test_no_file_of_tests_or_bench_is_a_module_by_its_bare_name():
+    """tests/transformers, say, would stand for transformers."""
+    inside = [entry for entry in sys.path for folder in ("tests", "bench") if (ROOT / folder) in within(entry)]
+    assert not inside
+
+
+def within(entry):
+    path = Path(entry or ".").resolve()
+    return [path, *path.parents]
