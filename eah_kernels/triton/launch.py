@@ -75,7 +75,7 @@ class Problem:
         self.fast = fast and self._suits_gluon(scoring)
         mask = None
         if self.mask is not None:
-            mask = mask_view(self.mask.expand(batch, heads, q_len, kv_len), self.rules)
+            mask = mask_view(self.mask.expand(batch, heads, q_len, kv_len))
         self.arguments = dict(
             q=view(self.query), k=view(self.key), mask=mask, batch=batch, q_len=q_len, kv_len=kv_len,
             window=scoring.sliding_window or 0, scale=scale, R=self.rules,
@@ -179,13 +179,13 @@ def view(tensor: Tensor) -> View:
     return View(tensor, *tensor.stride())
 
 
-def mask_view(mask: Tensor, rules: Rules) -> View:
-    """Of a mask whose strides follow the lengths, each doubled plus one: so it is never divisible by 16, and a new
-    length compiles nothing. loads.mask_of undoes it."""
-    if rules.BY_KEY:
-        return view(mask)
+def mask_view(mask: Tensor) -> View:
+    """Of a boolean mask the strides that follow the lengths come doubled plus one: so they are never divisible by 16,
+    and a new length compiles nothing. loads.mask_of undoes it. An additive mask's come as they are: its entries are
+    read in the loops, in pairs where the rows are aligned, and without that `lse` and `attend` spill."""
     b, h, row, column = mask.stride()
-    return View(mask, 2 * b + 1, 2 * h + 1, 2 * row + 1, column)
+    boolean = mask.dtype == torch.uint8
+    return View(mask, 2 * b + 1, 2 * h + 1, 2 * row + 1, column) if boolean else view(mask)
 
 
 def image_bytes(image_mask: Tensor) -> Tensor:

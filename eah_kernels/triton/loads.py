@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import Columns, Operand, View
+from eah_kernels.triton.bundles import BOOL_MASK, Columns, Operand, View
 
 
 @triton.jit
@@ -19,13 +19,12 @@ def head_of(view, b, h):
 
 @triton.jit
 def mask_of(mask, b, h, R: tl.constexpr):
-    """head_of a mask; with a stride for each batch row, head and row as launch.mask_view makes it, unless it is read
-    by key."""
-    if R.BY_KEY:
-        found = head_of(mask, b, h)
-    else:
+    """head_of a mask, as launch.mask_view passes it."""
+    if R.MASK == BOOL_MASK:
         ptr = at(at(mask.ptr, b, mask.b >> 1), h, mask.h >> 1)
         found = View(ptr, mask.b, mask.h, mask.row >> 1, mask.column)
+    else:
+        found = head_of(mask, b, h)
     return found
 
 

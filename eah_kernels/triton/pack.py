@@ -130,7 +130,7 @@ def pack(problem: Problem, given: Tensor) -> Launch:
         batch * heads * row_cells * key_cells,
         TILE,
         dict(
-            mask=mask_view(mask, problem.rules),
+            mask=mask_view(mask),
             rows=Packed(view(words), view(cells), seen=view(seen)),
             columns=Packed(view(column_words), view(column_cells), counts=view(counts)),
         )

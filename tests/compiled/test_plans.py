@@ -107,25 +107,26 @@ def step(length, mask=None, q_len=1, key=None):
 
 
 def test_a_new_length_compiles_nothing(gpu):
-    """Multiples of 16 and others, under every form of mask; nor do a new number of rows and of parts at decoding."""
+    """Multiples of 16 and others, and a new number of rows and of parts at decoding. Of an additive mask, the builds
+    tell whether 16 divides a row's length and a head's."""
     for form in range(4):
+        most = 3 if form == 3 else 1
         gpu.builds.clear()
         for length in range(640, 657):
             prompt(length, masks(length)[form])
-        assert set(gpu.builds.values()) == {1}, (form, gpu.builds)
+        assert gpu.builds and max(gpu.builds.values()) <= most, (form, gpu.builds)
         gpu.builds.clear()
         for length in (40, 48, 64, 641, 4000, 4096, 20000):
             for q_len in (1, 2, 16):
                 step(length, masks(q_len, length)[form], q_len)
-        # A (B, Skv) mask and a boolean one of 4 dimensions are one form here.
-        assert set(gpu.builds.values()) == (set() if form == 2 else {1}), (form, gpu.builds)
+        assert max(gpu.builds.values(), default=0) <= most, (form, gpu.builds)
         gpu.builds.clear()
         for length in (640, 641, 648, 656):
             sink_statistics(
                 rows(length), rows(length, 2), IMAGE[:, :length], attention_mask=masks(length)[form],
                 return_column_mean=True, backend="triton",
             )  # fmt: skip
-        assert set(gpu.builds.values()) == {1}, (form, gpu.builds)
+        assert gpu.builds and max(gpu.builds.values()) <= most, (form, gpu.builds)
 
 
 def test_the_launches_of_a_call(gpu):
