@@ -69,7 +69,10 @@ def value_columns(first_value, kv_heads, DIM: tl.constexpr, PAD: tl.constexpr, H
     wide = tl.arange(0, HEADS * PAD)
     member = wide // PAD
     feature = wide % PAD
-    return Columns(member, feature, (feature < DIM) & (first_value + member < kv_heads))
+    exists = feature < DIM
+    if HEADS > 1:
+        exists = exists & (first_value + member < kv_heads)
+    return Columns(member, feature, exists)
 
 
 @triton.jit

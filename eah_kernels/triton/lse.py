@@ -15,6 +15,7 @@ from eah_kernels.triton.ranges import AFTER, key_range, place, walk
 from eah_kernels.triton.scores import LOWEST, score_block
 
 LSE_PAD = 128
+PADDED_TO: tl.constexpr = tl.constexpr(LSE_PAD)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -51,7 +52,7 @@ def _lse_kernel(
         words = head_of(words, b, h)
 
     local_m = tl.arange(0, BLOCK_M)
-    if start_m >= q_len:
+    if BLOCK_M < PADDED_TO and start_m >= q_len:
         tl.store(out_ptr + local_m, tl.full([BLOCK_M], float("-inf"), tl.float32))
         return
     real = start_m + local_m < q_len

@@ -77,7 +77,9 @@ def counting_rows(start_m, sizes, mask, R: tl.constexpr, BLOCK: tl.constexpr):
     """Which of the rows start_m, ... see their own key, [BLOCK] bool."""
     row = start_m + tl.arange(0, BLOCK)
     own = row + (sizes.kv_len - sizes.q_len)
-    counts = (row < sizes.q_len) & (own >= 0)
+    counts = row < sizes.q_len
+    if not R.CAUSAL:  # which has a key for every row
+        counts = counts & (own >= 0)
     if R.MASK != NO_MASK:
         entry = at(mask.ptr, own, mask.column)
         if R.MASK != KEY_MASK:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +27,24 @@ NAMES = ("prefill", "few_rows")
 CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 
 
+class Launched:
+    """One launch: what was run, and on what. The last of the tensors is what the barrier of the grid counts in."""
+
+    def __init__(self, name: str, program: Program, grid: int, params: bytes, shared_bytes: int, tensors: list):
+        self.name, self.program, self.grid, self.params = name, program, grid, params
+        self.shared_bytes, self.tensors = shared_bytes, tensors
+
+    def execute(self, executable: Executable, **options) -> int:
+        options |= dict(resident=self.grid, barrier=self.tensors[-1].data_ptr())
+        return executable.launch(self.grid, self.params, self.shared_bytes, element_ranges(self.tensors), **options)
+
+
 class CompiledCuda:
     """The two kernels built for one target; `calls` runs the package's functions on them."""
 
     def __init__(self, folder: Path, target: str = "compute_80"):
         commands = [
-            ["nvcc", "-c", "-std=c++17", "-O3", f"-gencode=arch={target},code={target}"]
+            ["nvcc", "-c", "-std=c++17", "-O3", "-lineinfo", f"-gencode=arch={target},code={target}"]
             + ["-Xcompiler", "-fPIC", "--keep", "--keep-dir", ".", "-o", f"{name}.o", ROOT / f"csrc/cuda/{name}.cu"]
             for name in NAMES
         ]
@@ -54,6 +67,7 @@ class CompiledCuda:
         self.executables: dict[str, Executable] = {}
         self.tensors: list[torch.Tensor] = []
         self.seed, self.problem = 0, None
+        self.observe: Callable[[Launched], None] | None = None  # is called with every launch, before it
         self.callback = CALLBACK(self._launch)
 
     @contextmanager
@@ -84,11 +98,13 @@ class CompiledCuda:
             if name not in self.executables:
                 self.executables[name] = Executable(Program(self.kernels[name]))
             executable = self.executables[name]
-            assert executable.program.kernel.threads == threads
-            given = ctypes.string_at(params, executable.program.kernel.param_bytes)
-            ranges = element_ranges([*self.tensors, barrier])
-            options = dict(seed=self.seed, resident=grid, barrier=barrier.data_ptr())
-            executable.launch(grid, given, shared_bytes, ranges, **options)
+            program = executable.program
+            assert program.kernel.threads == threads
+            given = ctypes.string_at(params, program.kernel.param_bytes)
+            launched = Launched(name, program, grid, given, shared_bytes, [*self.tensors, barrier])
+            if self.observe:
+                self.observe(launched)
+            launched.execute(executable, seed=self.seed)
         except Exception as problem:
             self.problem = problem
             return 1

@@ -7,35 +7,57 @@ of a tile, on its borders and one off, with more keys than rows and more rows th
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 
 from eah_kernels import shared_map_attention
+from eah_kernels.native import cuda as native_cuda
 from eah_kernels.triton import launch as launching
 
 from ..support.cases import Case, Inputs, exact, make, run
+from . import cuda_launch
+from .cuda_launch import CompiledCuda
 from .emulator import Executable, Fault
 from .triton_launch import Launched, compiled
 
+SEEDS = 3, 0, 1  # orders of blocks and warps; the first is that of the unchanged run, and enough for most faults
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
 class Problems(NamedTuple):
     """A layer, of each of these numbers of rows and keys.
 
-    token: the only key that is an image token, in the last batch row; None: as the case says.
+    token: the only key that is an image token, in the last batch row; None: as the case says. shown: the mask hides all
+    keys but those from the first to before the second of each of these pairs. spoilt: values from this key on are NaN,
+    and every score is so low that to the row's log-sum-exp a score of 0 is infinite.
     """
 
     case: Case
     dtype: torch.dtype
     sizes: list[tuple[int, int]]
     token: int | None = None
+    shown: tuple[tuple[int, int], ...] | None = None
+    spoilt: int | None = None
 
-    def cases(self) -> list[Case]:
-        return [replace(self.case, q_len=q_len, kv_len=kv_len) for q_len, kv_len in self.sizes]
+    def inputs(self) -> Iterator[Inputs]:
+        for q_len, kv_len in self.sizes:
+            inputs = make(replace(self.case, q_len=q_len, kv_len=kv_len), self.dtype)
+            if self.token is not None:
+                inputs.image_mask[:] = False
+                inputs.image_mask[-1, self.token % kv_len] = True
+            if self.shown is not None:
+                key = torch.arange(kv_len)
+                inputs.attention_mask &= sum((first <= key) & (key < end) for first, end in self.shown).bool()
+            if self.spoilt is not None:
+                inputs.value[:, :, self.spoilt :] = torch.nan
+                inputs.key[..., 0], inputs.query[..., 0] = 40, -40
+            yield inputs
 
 
 PLAIN = Case(heads=3, kv_heads=1, image="absent")
@@ -70,11 +92,102 @@ STEPS = [
         Case(heads=4, kv_heads=2, mask="bool_heads"), HALF, [(1, 1), (5, 70), (2, 160), (1, 127), (11, 96), (3, 200)]
     ),
 ]
+# What the others leave unfelt; the run of all planted faults has these too.
+APART = ((2112, 2304), (4500, 4501), (7000, 7040))
+MORE_LAYERS = [
+    Problems(PLAIN, BRAIN, [(1, 127), (1, 128), (129, 256), (124, 160), (7, 37), (32, 32), (64, 204), (120, 246)]),
+    Problems(PLAIN, BRAIN, [(13, 632), (17, 775), (11, 1051)]),
+    Problems(PADDED, HALF, [(128, 255), (18, 594), (8, 857), (10, 620), (17, 58), (16, 959), (132, 293)]),
+    Problems(MASKED, BRAIN, [(16, 963), (6, 1058), (118, 40), (71, 25), (100, 40), (93, 68), (3, 2), (40, 40)]),
+    Problems(MASKED, BRAIN, [(51, 51), (53, 42), (110, 15), (127, 63), (24, 73), (31, 101), (76, 76), (69, 69)]),
+    Problems(MASKED, BRAIN, [(78, 73), (112, 112), (107, 177), (87, 204), (121, 213), (147, 147), (14, 542)]),
+    Problems(MASKED, BRAIN, [(251, 251), (1, 40), (128, 130)]),
+    # Rows whose own key would lie before the first, each at another place of a cell.
+    Problems(MASKED, BRAIN, [(rows, 1) for rows in (4, 8, 10, 16, 18, 22, 28, 30, 34, 36)]),
+    Problems(MASKED, BRAIN, [(rows, 1) for rows in (38, 40, 42, 44, 48, 50, 52, 56, 58, 62)]),
+    Problems(WINDOW, HALF, [(39, 121), (29, 41), (1, 53), (56, 56), (51, 201), (3, 156), (1, 64), (1, 106)]),
+    Problems(WINDOW, HALF, [(118, 186), (49, 95), (50, 166), (100, 100), (3, 118), (3, 112), (90, 216), (92, 159)]),
+    Problems(WINDOW, HALF, [(1, 138), (13, 243), (8, 211), (17, 174), (64, 208), (6, 653), (3, 50), (139, 229)]),
+    Problems(CLOSE, HALF, [(43, 114), (2, 30), (122, 205), (75, 75), (79, 216), (111, 188), (61, 229), (4, 943)]),
+    Problems(CLOSE, HALF, [(2, 14), (126, 239), (41, 197), (9, 1095), (130, 262), (23, 23), (103, 266)]),
+    Problems(FULL, SINGLE, [(8, 22), (79, 109), (1, 35), (64, 193), (6, 512), (13, 488), (7, 710), (1, 780)]),
+    Problems(FULL, SINGLE, [(8, 910), (14, 1061), (64, 64)]),
+    # The key before the first row's window, NaN, at further places of a block.
+    Problems(WINDOW, HALF, [(1, keys) for keys in (45, 49, 50, 54, 56, 57, 59, 60, 61, 63, 67, 68, 70)]),
+    # No block that is not whole, and none at all; as many rows as the row log-sum-exps are padded to.
+    Problems(PLAIN, BRAIN, [(1, 63)]),
+    Problems(
+        WIDE_WINDOW, HALF, [(128, 228), *[(rows, 300) for rows in (5, 8, 11, 13, 14, 18, 20, 22, 25, 27, 30, 31)]]
+    ),
+    Problems(replace(WINDOW, sliding_window=300), HALF, [(128, 384)]),
+    Problems(FULL, SINGLE, [(128, 128)]),
+    Problems(PADDED, HALF, [(128, 128)]),
+    Problems(replace(PADDED, image="middle"), HALF, [(128, 256)]),
+    Problems(replace(MASKED, image="middle"), BRAIN, [(128, 256)]),
+    Problems(PADDED, HALF, [(1, 128)]),
+    Problems(replace(PADDED, image="middle"), HALF, [(1, 64), (1, 128)]),
+    Problems(replace(MASKED, image="middle"), BRAIN, [(1, 128)]),
+    Problems(replace(WINDOW, sliding_window=64), HALF, [(1, 128)]),
+    Problems(FULL, SINGLE, [(1, 128)]),
+    Problems(replace(PADDED, image="middle"), HALF, [(70, 70)], shown=((0, 0),)),
+    Problems(replace(MASKED, image="middle"), BRAIN, [(70, 70)], shown=((0, 0),)),
+    # A map of one key, and an image token in the second thousand.
+    Problems(replace(MASKED, mask="bool"), BRAIN, [(5, 1)]),
+    *[
+        Problems(case, dtype, [(3, 1100)], 1090)
+        for case, dtype in ((PLAIN, BRAIN), (PADDED, HALF), (MASKED, BRAIN), (WINDOW, HALF), (FULL, SINGLE))
+    ],
+    # Blocks too many.
+    *[
+        Problems(case, dtype, [(256, 256)], spoilt=128)
+        for case, dtype in ((PLAIN, BRAIN), (PADDED, HALF), (MASKED, BRAIN), (WINDOW, HALF), (FULL, SINGLE))
+    ],
+    # More than 128 cells.
+    Problems(PADDED, HALF, [(2, 8192)], shown=APART),
+    Problems(MASKED, BRAIN, [(2, 8192)], shown=APART),
+    Problems(MASKED, BRAIN, [(8200, 40)]),
+]
+# Stretches of many blocks.
+MORE_STEPS = [Problems(STEPS[0].case, BRAIN, [(7, 83), (2, 8200)]), Problems(STEPS[1].case, HALF, [(3, 8200)])]
 # The choice of a head among more than 128, after sinks of which many are the same.
 CHOICES = [(replace(PLAIN, heads=129, kv_heads=43), BRAIN), (replace(PADDED, heads=129, kv_heads=129), HALF)]
 CHOICES += [(replace(case, heads=130, kv_heads=65), dtype) for case, dtype in ((MASKED, BRAIN), (CLOSE, HALF))]
 CHOICES += [(replace(FULL, heads=130, kv_heads=65), SINGLE)]
-TALLIES = 4
+# csrc/cuda, both head dims and every dtype. Lengths lie on both sides of every tile's border; heads and batch rows make
+# for each number of rounds of the loops that are unrolled.
+PREFILL = [(HALF, 64), (BRAIN, 128)]
+CUDA_LAYERS = [
+    problems
+    for dtype, dim in PREFILL
+    for problems in (
+        Problems(
+            Case(heads=4, kv_heads=2, image="absent", mask="left", dim=dim), dtype, [(1, 1), (63, 63), (200, 200)]
+        ),
+        Problems(Case(heads=3, kv_heads=1, image="scattered", mask="right", dim=dim), dtype, [(64, 64), (130, 130)]),
+        Problems(Case(heads=2, kv_heads=2, image="last", dim=dim), dtype, [(3, 3), (65, 65), (129, 129)]),
+        Problems(
+            Case(heads=1, kv_heads=1, batch=1, image="all", dim=dim), dtype, [(n, n) for n in range(193, 1024, 64)]
+        ),
+        Problems(Case(heads=1, kv_heads=1, batch=1, image="all", dim=dim), dtype, [(1024, 1024)]),
+        Problems(Case(heads=133, kv_heads=133, batch=3, image="absent", dim=dim), dtype, [(3, 3)]),
+        Problems(Case(heads=100, kv_heads=100, image="absent", dim=dim), dtype, [(2, 2)]),
+        Problems(Case(heads=4, kv_heads=1, batch=4, mask="left", dim=dim), dtype, [(85, 85), (113, 113)]),
+        Problems(Case(heads=7, kv_heads=1, batch=7, image="absent", mask="left", dim=dim), dtype, [(65, 65)]),
+        Problems(Case(heads=2, kv_heads=1, dim=dim), dtype, [(256, 256)], spoilt=128),
+    )
+]
+CUDA_STEPS = [
+    problems
+    for dtype, dim in (*PREFILL, (SINGLE, 64), (SINGLE, 128))
+    for problems in (
+        Problems(Case(heads=7, kv_heads=1, mask="left", batch=3, dim=dim), dtype, [(1, 1), (1, 63), (1, 256)]),
+        Problems(Case(heads=8, kv_heads=8, mask="right", batch=7, dim=dim), dtype, [(1, 129), (1, 128)]),
+        Problems(Case(heads=3, kv_heads=1, batch=1, dim=dim), dtype, [(1, keys) for keys in (300, 3800, 7400, 16640)]),
+        Problems(Case(heads=4, kv_heads=1, batch=4, dim=dim), dtype, [(1, 70)]),
+        Problems(Case(heads=4, kv_heads=4, batch=128, mask="left", dim=dim), dtype, [(1, 200)]),
+    )
+]
+TALLIES = 4  # all the same, the last of 128 the most, the last of all the most, random ones
 
 
 def spread(tensor: torch.Tensor, room: int = 16) -> torch.Tensor:
@@ -123,23 +236,27 @@ def spaced(inputs: Inputs) -> Inputs:
 class Replay:
     """A launch that can be had again: the bytes of its tensors' memory before it, its results and how long it took.
 
-    tally: of `sinks`, which random counts every head has before it.
+    tally: of `sinks`, which counts the heads have before it, a number of TALLIES.
     happened: by PTX line, what happened there (emulator.py: CAME and so on).
     """
 
-    def __init__(self, launched: Launched, tally: int | None = None):
+    def __init__(self, launched: Launched | cuda_launch.Launched, tally: int | None = None):
         self.launched = launched
         self.memory = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in launched.tensors}
         if tally is not None:
             tensors = [t for t in launched.tensors if t.dtype == torch.int32 and t.dim() == 2]
             counts, progress = (next(t for t in tensors if (t.shape[-1] == 2) == small) for small in (False, True))
-            counts.random_(0, 2 << 3 * tally, generator=torch.Generator().manual_seed(tally))
+            if tally == TALLIES - 1:
+                counts.random_(0, 1000, generator=torch.Generator().manual_seed(tally))
+            else:
+                counts[:] = 3
+                counts[:, (0, 127, -1)[tally]] += 100 * min(tally, 1)
             progress[:, 0] = 0
         self.before = [s.clone() for s in self.memory.values()]
 
     def record(self) -> None:
         executable = Executable(self.launched.program)
-        self.results = self.run(executable, seed=3)
+        self.results = self.run(executable, seed=SEEDS[0])
         self.happened = executable.reached()
 
     def run(self, executable: Executable, **options) -> list[torch.Tensor]:
@@ -148,10 +265,10 @@ class Replay:
         self.steps = self.launched.execute(executable, **options)
         return [t.clone() for t in self.launched.tensors]
 
-    def caught(self, executable: Executable) -> str:
-        """How changed code shows, or nothing."""
+    def caught(self, executable: Executable, seeds: Iterable[int] = SEEDS) -> str:
+        """How changed code shows in one of these orders of blocks and warps, or nothing."""
         limit = 20 * self.steps + 10000
-        for seed in (3, 0, 1):
+        for seed in seeds:
             try:
                 results = self.run(executable, seed=seed, limit=limit)
             except Fault as fault:
@@ -162,8 +279,8 @@ class Replay:
         return ""
 
 
-def launches(target: str) -> list[Replay]:
-    """Those of LAYERS, STEPS and CHOICES."""
+def launches(target: str, more: bool = True) -> list[Replay]:
+    """Those of LAYERS, STEPS and CHOICES, and with `more` those of MORE_LAYERS and MORE_STEPS."""
     replays: list[Replay] = []
     kernel_mask = launching.kernel_mask
 
@@ -175,18 +292,13 @@ def launches(target: str) -> list[Replay]:
         compiled(target, observe=lambda launched: replays.append(Replay(launched))),
         mock.patch.object(launching, "kernel_mask", spread_key_mask),
     ):
-        for problems in LAYERS:
-            for case in problems.cases():
-                inputs = make(case, problems.dtype)
-                if problems.token is not None:
-                    inputs.image_mask[:] = False
-                    inputs.image_mask[-1, problems.token % case.kv_len] = True
-                threshold = exact(inputs)[-1] if case.kv_len < 1000 else 0.0
+        for problems in LAYERS + MORE_LAYERS * more:
+            for inputs in problems.inputs():
+                threshold = exact(inputs)[-1] if inputs.key.shape[2] < 1000 else 0.0
                 run(spaced(inputs), threshold, "triton")
-        for problems in STEPS:
-            for case in problems.cases():
-                inputs = spaced(make(case, problems.dtype))
-                for head in ([case.heads - 1, -1], [-1, 0]):
+        for problems in STEPS + MORE_STEPS * more:
+            for inputs in map(spaced, problems.inputs()):
+                for head in ([inputs.query.shape[1] - 1, -1], [-1, 0]):
                     options = dict(attention_mask=inputs.attention_mask, backend="triton", **inputs.rules)
                     tensors = inputs.query, inputs.key, inputs.value
                     shared_map_attention(*tensors, torch.tensor(head, dtype=torch.int32), **options)
@@ -195,6 +307,31 @@ def launches(target: str) -> list[Replay]:
             run(spaced(make(replace(case, q_len=3, kv_len=9), dtype)), 0.0, "triton")
     choices = [r.launched for r in replays[layers:] if r.launched.name == "_sinks_kernel"]
     replays[layers:] = [Replay(launched, seed) for launched in choices for seed in range(TALLIES)]
+    for replay in replays:
+        replay.record()
+    return replays
+
+
+def cuda_launches() -> list[Replay]:
+    """Those of CUDA_LAYERS and CUDA_STEPS, by nvcc's PTX for compute_80."""
+    replays: list[Replay] = []
+    with TemporaryDirectory() as folder:
+        cuda = CompiledCuda(Path(folder))
+    cuda.observe = lambda launched: replays.append(Replay(launched))
+    for problems in CUDA_LAYERS:
+        for inputs in problems.inputs():
+            threshold, inputs = exact(inputs)[-1], spaced(inputs)
+            tensors = inputs.query, inputs.key, inputs.value, inputs.image_mask
+            for min_density in (0.0, 0.3):
+                with cuda.calls(blocks=1 if problems.case.heads > 128 else 5, seed=3):
+                    native_cuda.eah_attention(*tensors, threshold, min_density, inputs.scoring)
+    for problems in CUDA_STEPS:
+        for inputs in map(spaced, problems.inputs()):
+            batch, heads = inputs.query.shape[:2]
+            for first in (-1, 0) if batch == 1 else (-1,):
+                head = (torch.arange(first, first + batch, dtype=torch.int32) + 1) % (heads + 1) - 1
+                with cuda.calls(blocks=5, seed=3):
+                    native_cuda.shared_map_attention(inputs.query, inputs.key, inputs.value, head, inputs.scoring)
     for replay in replays:
         replay.record()
     return replays

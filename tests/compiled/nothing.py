@@ -1,0 +1,126 @@
+"""Planted faults that do nothing, by rules on the compiled code alone. What no rule tells is in equivalent.txt."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+
+from .ptx import Kernel, Statement
+
+BARRIERS = ("bar.sync", "barrier.sync")
+ACCESSES = ("ld.global", "ld.shared", "st.", "atom", "cp.async", "ldmatrix", "stmatrix", "wgmma", "ld.acquire", "fence")
+
+
+def uses(kernel: Kernel) -> dict[str, list[Statement]]:
+    """The statements that read a predicate or are guarded by it."""
+    found = defaultdict(list)
+    for s in kernel.statements:
+        for register in {s.guard, *(r for o in s.operands[1:] for r in _registers(o))} - {""}:
+            found[register].append(s)
+    return found
+
+
+def either_way(comparison: Statement, used: list[Statement]) -> bool:
+    """Whether a comparison does nothing but choose between its two sides: where they are equal, either is right."""
+    sides = set(comparison.operands[1:])
+    return all(s.opcode.startswith("selp") and not s.guard and set(s.operands[1:3]) == sides for s in used)
+
+
+def guards(kernel: Kernel) -> set[str]:
+    """The predicates on which a branch or an access hangs, directly or through other predicates."""
+    found = {s.guard for s in kernel.statements if s.guard}
+    while True:
+        made = {
+            o for s in kernel.statements if s.opcode.endswith(".pred") and s.operands[0] in found for o in s.operands
+        }
+        if made <= found:
+            return found
+        found |= made
+
+
+def always(kernel: Kernel) -> set[str]:
+    """The predicates that nothing but `true` is ever written to: to take such a guard away changes nothing."""
+    written = defaultdict(set)
+    for s in kernel.statements:
+        if (s.operands and s.opcode.startswith(("setp", "mov.pred"))) or s.opcode.endswith(".pred"):
+            for register in _registers(s.operands[0]):
+                written[register].add((s.opcode, *s.operands[1:], s.guard))
+    return {register for register, ways in written.items() if ways == {("mov.pred", "-1", "")}}
+
+
+def redundant(kernel: Kernel, at: int) -> bool:
+    """Whether a barrier, or a fence or a wait at wgmma, does nothing.
+
+    A barrier: no access to memory lies between it and the next one, or between the one before and it, or on both sides
+    nothing but copies into shared memory, of which no two go to the same place, and reads of global memory.
+    A proxy fence: another one lies before every wgmma that follows, or nothing was written to shared memory since
+    another one. A wgmma fence: the next product adds to what the last one wrote, and nobody touched it in between. A
+    wait: on every path another one lies before anything but a wgmma touches what the products under way write.
+    """
+    statements = kernel.statements
+    opcode = statements[at].opcode
+    if opcode.startswith(BARRIERS):
+        barrier, access = _opcodes(*BARRIERS), _opcodes(*ACCESSES)
+        other = _opcodes(*(a for a in ACCESSES if a not in ("ld.global", "cp.async")))
+        sides = (1, -1)
+        return any(_first(kernel, at, side, barrier, access) for side in sides) or all(
+            _first(kernel, at, side, barrier, other) for side in sides
+        )
+    if opcode.startswith("fence.proxy"):
+        fence = _opcodes("fence.proxy")
+        written = _opcodes("st.shared", "stmatrix", "cp.async.c", "cp.async.wait")
+        return _first(kernel, at, 1, fence, _opcodes("wgmma.mma")) or _first(kernel, at, -1, fence, written)
+    results: set[str] = set()
+
+    def product(statement: Statement) -> bool:
+        if statement.opcode.startswith("wgmma.mma"):
+            results.update(_registers(statement.operands[0]))
+        return False
+
+    def touched(statement: Statement) -> bool:
+        others = [r for operand in statement.operands for r in _registers(operand)]
+        return not statement.opcode.startswith("wgmma.mma") and not results.isdisjoint(others)
+
+    if opcode.startswith("wgmma.fence"):
+        before = next((s for s in reversed(statements[:at]) if s.opcode.startswith(("wgmma.mma", "bra"))), None)
+        after = next(s for s in statements[at:] if s.opcode.startswith("wgmma.mma"))
+        if before is None or before.opcode != after.opcode or after.operands[1].startswith("{"):
+            return False
+        product(after)
+        same = before.operands[0] == after.operands[0]
+        return same and not any(touched(s) for s in statements[statements.index(before) : at])
+    _first(kernel, at, -1, _opcodes("wgmma.wait"), product)
+    return _first(kernel, at, 1, _opcodes("wgmma.wait"), touched)
+
+
+def _registers(operand: str) -> list[str]:
+    return re.findall(r"%\w+", operand)
+
+
+def _opcodes(*starts: str) -> Callable[[Statement], bool]:
+    return lambda statement: statement.opcode.startswith(starts)
+
+
+def _first(kernel: Kernel, at: int, step: int, good: Callable, bad: Callable) -> bool:
+    """Whether every path from a statement on (step 1) or back (-1) meets a good statement before a bad one."""
+    statements = kernel.statements
+    following: dict[int, list[int]] = defaultdict(list)
+    labels = {s.opcode[:-1]: i for i, s in enumerate(statements) if s.opcode.endswith(":")}
+    for i, s in enumerate(statements):
+        targets = [labels[s.operands[0]]] if s.opcode.startswith("bra") else []
+        if s.guard or s.opcode not in ("bra", "bra.uni", "ret", "exit"):
+            targets.append(i + 1)
+        for target in targets:
+            following[i if step == 1 else target].append(target if step == 1 else i)
+    todo, seen = list(following[at]), set()
+    while todo:
+        i = todo.pop()
+        if i in seen or i >= len(statements):
+            continue
+        seen.add(i)
+        if bad(statements[i]):
+            return False
+        if not good(statements[i]):
+            todo += following[i]
+    return True
