@@ -1,7 +1,7 @@
 """What a call costs the host: Python from the public function to the driver, with a launcher that does nothing.
 
-    python bench/host.py             the minimum and the median of 2,000 calls, in microseconds
-    python bench/host.py --profile   and where they go
+    python -m bench.host             the minimum and the median of 2,000 calls, in microseconds
+    python -m bench.host --profile   and where they go
 
 No GPU is needed: the tensors are on the CPU, Triton compiles for sm_90 and takes each launch up to its last step.
 """
@@ -73,6 +73,7 @@ def steps() -> dict:
         return torch.randn(batch, length, heads, 128, dtype=torch.bfloat16).transpose(1, 2)
 
     query, key, value = rows(1, 32, 648), rows(1, 32, 648), rows(1, 32, 648)
+    longer, many = rows(1, 32, 1500), torch.zeros(1, 1500, dtype=torch.bool)
     image = torch.zeros(1, 648, dtype=torch.bool)
     image[:, 35:611] = True
     padding = torch.ones(1, 648, dtype=torch.bool)
@@ -85,6 +86,7 @@ def steps() -> dict:
 
     return {
         "prefill, 648 tokens": lambda n: eah_attention(query, key, value, image, backend="triton"),
+        "prefill, 1500 tokens": lambda n: eah_attention(longer, longer, longer, many, backend="triton"),
         "prefill, 2-D mask": lambda n: eah_attention(
             query, key, value, image, attention_mask=padding, backend="triton"
         ),
