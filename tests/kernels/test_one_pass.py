@@ -29,7 +29,7 @@ EDGES = [
     Case(q_len=257, image="first", sliding_window=70, mask="left", **SMALL),
     Case(q_len=200, image="scattered", causal=False, sliding_window=70, softcap=5.0, batch=1, **SMALL),
     Case(q_len=768, image="scattered", mask="left", batch=1, **SMALL),
-    Case(q_len=769, image="middle", batch=1, **SMALL),
+    Case(q_len=769, image="middle", batch=1, heads=1, kv_heads=1, dim=16),
 ]
 
 
