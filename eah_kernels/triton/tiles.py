@@ -246,7 +246,7 @@ SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
             "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
         },
         "sm_90": {
-            "plain": (Tile(64, 64, 4, 2, 256), Tile(64, 32, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(64, 32, 4, 2, 256), Tile(64, 32, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
             "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
         },
         "sm_100": {
