@@ -4,6 +4,8 @@
     python -m bench.kernel_times --bounds                   what binds each, one cost taken away: bounds.json
     python -m bench.kernel_times --bounds --exp-as-add      the same with an addition for each exp: bounds-add.json
 
+As shipped, where the Gluon kernels suit, they are measured beside the Triton kernels, in the same call and rounds.
+
 Costs that are taken away: `no L2` gives every token the first one's keys, queries and values by a stride of 0, so that
 a tile comes from the nearest cache; `1/8 products` multiplies 16 of the head dim's features, and of the values' (it
 reads an eighth as well). The results of such a kernel mean nothing. What binds it is what makes it faster when gone.
@@ -85,6 +87,14 @@ def launches(layer: Layer, inputs: Inputs, variant: Variant = SHIPPED) -> dict[s
         }
         if variant == SHIPPED:
             found["all of EAH"] = [launch for name in list(found)[:3] for launch in found[name]]
+            fast = Problem(query, key, Scoring(scale=layer.dim**-0.5), fast=True)
+            if fast.fast_tile("lse") and fast.fast_tile("sinks"):
+                statistics = [
+                    lse.lse(fast, minus_lse, image=image, tally=tally),
+                    sinks.sinks(fast, image, minus_lse, inputs.threshold, tally, choice=choice),
+                ]
+                found |= {"lse, Gluon": statistics[:1], "sinks, Gluon": statistics[1:]}
+                found["all of EAH, Gluon"] = [*statistics, *found["attend, shared map"]]
         del problem.short_tile
         if one_pass.takes(problem):
             image_mask, tickets = inputs.image_mask, query.new_zeros(batch * (heads + 1), dtype=torch.int32)

@@ -16,7 +16,7 @@ from eah_kernels.api import (
     shared_map_attention,
     sink_statistics,
 )
-from eah_kernels.backends import BACKENDS
+from eah_kernels.backends import BACKENDS, gluon_kernels
 from eah_kernels.by_row import HeadsByRow, heads_by_row
 from eah_kernels.checks import MAX_HEAD_DIM
 from eah_kernels.masks import Scoring, shows
@@ -30,6 +30,7 @@ __all__ = [
     "Scoring",
     "SinkStatistics",
     "eah_attention",
+    "gluon_kernels",
     "heads_by_row",
     "native_parts",
     "receiving_heads",

@@ -93,6 +93,15 @@ def has_gluon(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and find_spec("triton.experimental.gluon") is not None
 
 
+def gluon_kernels(device: torch.device | str) -> list[str]:
+    """The Gluon kernels that backend="triton", by name, launches on a device where they suit; none is measured yet."""
+    if not has_gluon(torch.device(device)):
+        return []
+    from eah_kernels.triton.tiles import FAST
+
+    return list(FAST)
+
+
 def _why_unfenced(device: torch.device) -> str | None:
     """tcgen05 reads shared memory beside the threads' own path to it, and triton before 3.7.1 puts no fence between."""
     if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 10 or _triton() >= (3, 7, 1):

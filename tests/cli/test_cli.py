@@ -327,6 +327,9 @@ def test_doctor(capsys, monkeypatch):
     text = run(capsys, "doctor")[1]
     assert "eah.enable     works" in text and "  reference    works" in text and "  triton       no: it runs on" in text
     assert ("  cuda         built, not yet measured" in text) == (findings["native"]["cuda"] is None)
+    assert findings["gluon"]["cpu"] == [] and "Gluon" not in text
+    doctor.print_doctor(findings | {"gluon": findings["gluon"] | {"cpu": ["lse", "sinks"]}})
+    assert "Gluon kernels (lse, sinks), built, not measured" in capsys.readouterr().out
 
 
 def test_doctor_finds_a_transformers_that_is_too_old_or_broken(monkeypatch):

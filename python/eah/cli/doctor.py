@@ -10,7 +10,7 @@ from torch.torch_version import TorchVersion
 
 from eah.cli.messages import one_line
 from eah.eval.words import why_no_nltk, why_no_spacy
-from eah_kernels import BACKENDS, __version__, eah_attention, native_parts
+from eah_kernels import BACKENDS, __version__, eah_attention, gluon_kernels, native_parts
 from eah_kernels.testing import agrees
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pillow", "matplotlib", "nltk", "spacy")
@@ -19,7 +19,7 @@ OLDEST_TRANSFORMERS = "5.3"
 
 def doctor() -> dict:
     """Versions of what EAH uses (None = not installed) and devices; why `eah.enable`, the word rules of `eah eval`,
-    a part of the native extension, or a backend on a device, does not work, or None."""
+    a part of the native extension, or a backend on a device, does not work, or None; the Gluon kernels of a device."""
     named = [name for name in BACKENDS if name != "auto"]
     versions: dict[str, str | None] = {"eah-kernels": __version__, "python": platform.python_version()}
     versions |= {name: installed(name) for name in PACKAGES}
@@ -34,6 +34,7 @@ def doctor() -> dict:
         "eval": {"nltk": why_no_nltk(), "spacy": why_no_spacy()},
         "native": native_parts(),
         "devices": devices,
+        "gluon": {device: gluon_kernels(device) for device in devices},
         "backends": {device: {name: why_no_backend(name, device) for name in named} for device in devices},
     }
 
@@ -53,6 +54,9 @@ def print_doctor(findings: dict) -> None:
         print(f"\nbackends on {device}: {findings['devices'][device]}")
         for name, problem in backends.items():
             print(f"  {name:12} {works(problem)}")
+        if findings["gluon"][device]:
+            kernels = ", ".join(findings["gluon"][device])
+            print(f'  {"":12} backend="triton", by name: Gluon kernels ({kernels}), built, not measured')
 
 
 def works(problem: str | None, yes: str = "works") -> str:
