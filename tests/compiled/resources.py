@@ -199,7 +199,7 @@ def rows(everything: bool) -> list[Row]:
         for kind in kinds
         for head_dim in HEAD_DIMS
         for mask in (("key", "bool", "bias") if kind == "masked" else ("bias",))
-        if kernel != "one_pass" or ((kind == "plain" or mask == "key") and kinds[kind][HEAD_DIMS.index(head_dim)])
+        if kinds[kind][HEAD_DIMS.index(head_dim)] and (kernel != "one_pass" or kind == "plain" or mask == "key")
     ]
     if not everything:
         primary = ("attend", "plain", 128)
