@@ -3,10 +3,14 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo test compiled seam wheels fuzz sanitize lint resources bench bench-device clean
+.PHONY: demo eval-demo test compiled seam wheels fuzz sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
+
+# `eah eval` from end to end on a small model, which is trained on the spot and kept in build/eval-demo.
+eval-demo: $(INSTALLED)
+	$(VENV)/bin/python -W ignore -m tests.eval.demo
 
 # In as many processes as there are cores; without pytest-xdist, `python -m pytest` runs the same in one.
 PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
