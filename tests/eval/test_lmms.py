@@ -1,4 +1,4 @@
-"""The model of lmms-eval against stubs of what it uses of 0.7.3; `make test-lmms` runs it in lmms-eval itself."""
+"""The model of lmms-eval against stubs of what it uses of 0.7.3."""
 
 import importlib
 import sys
