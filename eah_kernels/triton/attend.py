@@ -15,7 +15,7 @@ from eah_kernels.triton.bundles import CELL, NO_MASK, Sizes
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_groups, view, view_lines
 from eah_kernels.triton.loads import at, head_of, load_operand, load_values, mask_of, row_of, value_columns
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
-from eah_kernels.triton.scores import LOWEST, score_block
+from eah_kernels.triton.scores import LOWEST, running_exps, score_block
 from eah_kernels.triton.tiles import Tile
 
 AT_ONCE = 264  # programs of a finer tile that a large GPU holds: two on each of 132 multiprocessors
@@ -57,15 +57,14 @@ def attend_rows(
         if not (R.WGMMA and R.BY_KEY) or begin < end:
             for start_n in range(begin, end, BLOCK_N):
                 start_n = place(span, tl.multiple_of(start_n, BLOCK_N), EDGE, R.BOTH_SIDES, BLOCK_N)
-                score, seen = score_block(rows, start_m, start_n, k, mask, words, span, sizes, scale, R, EDGE, BLOCK_N)
+                RAW: tl.constexpr = R.RAW_MAX and not EDGE and not SHARED
+                score, seen = score_block(
+                    rows, start_m, start_n, k, mask, words, span, sizes, scale, R, EDGE, RAW, BLOCK_N
+                )
                 if SHARED:
                     p = tl.exp2(score + row_lse[:, None])
                 else:
-                    new_max = tl.maximum(row_max, tl.max(score, 1))
-                    p = tl.exp2(score - new_max[:, None])
-                    rescale = tl.exp2(row_max - new_max)
-                    row_sum = row_sum * rescale + tl.sum(p, 1)
-                    row_max = new_max
+                    row_max, row_sum, p, rescale = running_exps(score, row_max, row_sum, scale, RAW)
                     mixed = mixed * rescale[:, None]
                 # Values that no row of the tile sees are not read, whatever they hold.
                 key = start_n + local_n

@@ -106,6 +106,7 @@ class Rules(NamedTuple):
     CAUSAL: bool
     WINDOW: bool
     SOFTCAP: bool
+    RAW_MAX: bool  # the scale is positive, without a soft-cap: of products not scaled yet the maximum is the same
     BY_KEY: bool  # the mask, if any, is read by key
     BOTH_SIDES: bool  # a block that is not seen whole may lie before the whole ones and after them
     WGMMA: bool  # sm_90: a product runs beside its warps until it is waited for

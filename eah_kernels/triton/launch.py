@@ -70,7 +70,15 @@ class Problem:
         else:
             scale = Scale(scoring.scale / scoring.softcap, scoring.softcap * LOG2E)
         self.rules = rules_for(
-            self.target, heads // kv_heads, head_dim, mask_form, hidden, scoring.causal, windowed, capped
+            self.target,
+            heads // kv_heads,
+            head_dim,
+            mask_form,
+            hidden,
+            scoring.causal,
+            windowed,
+            capped,
+            scoring.scale > 0,
         )
         self.fast = fast and self._suits_gluon(scoring)
         mask = None
@@ -132,7 +140,15 @@ def power_of_two(n: int) -> int:
 
 @lru_cache
 def rules_for(
-    target: str, group: int, head_dim: int, mask: int, hidden: float, causal: bool, windowed: bool, capped: bool
+    target: str,
+    group: int,
+    head_dim: int,
+    mask: int,
+    hidden: float,
+    causal: bool,
+    windowed: bool,
+    capped: bool,
+    positive: bool,
 ) -> Rules:
     main = 1 << (head_dim.bit_length() - 1)
     tail = max(16, power_of_two(head_dim - main)) if head_dim > main else 0
@@ -150,6 +166,7 @@ def rules_for(
         CAUSAL=causal,
         WINDOW=windowed,
         SOFTCAP=capped,
+        RAW_MAX=positive and not capped,
         BY_KEY=mask in (NO_MASK.value, KEY_MASK.value),
         BOTH_SIDES=mask != NO_MASK.value or windowed,
         WGMMA=target == "sm_90",

@@ -12,7 +12,7 @@ from eah_kernels.triton.bundles import NO_MASK, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
 from eah_kernels.triton.loads import at, count_image_tokens, has_image_token, head_of, load_operand, mask_of
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
-from eah_kernels.triton.scores import LOWEST, score_block
+from eah_kernels.triton.scores import LOWEST, running_exps, score_block
 
 LSE_PAD = 128
 PADDED_TO: tl.constexpr = tl.constexpr(LSE_PAD)
@@ -64,10 +64,9 @@ def _lse_kernel(
         begin, end = walk(span, EDGE, AFTER, R.BOTH_SIDES)
         for start_n in range(begin, end, BLOCK_N):
             start_n = place(span, tl.multiple_of(start_n, BLOCK_N), EDGE, R.BOTH_SIDES, BLOCK_N)
-            score, _ = score_block(rows, start_m, start_n, k, mask, words, span, sizes, scale, R, EDGE, BLOCK_N)
-            new_max = tl.maximum(row_max, tl.max(score, 1))
-            row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(score - new_max[:, None]), 1)
-            row_max = new_max
+            RAW: tl.constexpr = R.RAW_MAX and not EDGE
+            score, _ = score_block(rows, start_m, start_n, k, mask, words, span, sizes, scale, R, EDGE, RAW, BLOCK_N)
+            row_max, row_sum, _, _ = running_exps(score, row_max, row_sum, scale, RAW)
     lse = tl.where(real & (row_sum != 0), -row_max - tl.log2(row_sum), float("-inf"))
     tl.store(out_ptr + local_m, lse)
 

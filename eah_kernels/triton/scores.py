@@ -118,11 +118,12 @@ def add_entries(tile, visible, biased, entry_ptr, stride_a, stride_b):
 
 @triton.jit
 def score_block(
-    q, start_m, start_n, k, mask, words, span, sizes, scale, R: tl.constexpr, EDGE: tl.constexpr, BLOCK_N: tl.constexpr
+    q, start_m, start_n, k, mask, words, span, sizes, scale,
+    R: tl.constexpr, EDGE: tl.constexpr, RAW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scores of rows q, start_m and on, and BLOCK_N keys, start_n and on, -inf where hidden; which keys were loaded.
 
-    EDGE = False: the rows see all of the keys.
+    EDGE = False: the rows see all of the keys. RAW then gives the products, not scaled.
     """
     local_m = tl.arange(0, q.main.shape[0])
     local_n = tl.arange(0, BLOCK_N)
@@ -137,6 +138,8 @@ def score_block(
             bias = tl.zeros([q.main.shape[0], BLOCK_N], tl.float32)
             bias = add_entries(bias, visible, span.biased, corner, mask.row, mask.column)
     qk = dot_rows(q, load_operand(k, start_n, keep, R), R)
+    if RAW:
+        return qk, keep
     score, _ = score_tile(
         qk, start_m, local_m[:, None], start_n, local_n[None, :], sizes, mask, scale, R,
         TILE_MASK, EDGE and BY_KEY, True,
@@ -146,3 +149,17 @@ def score_block(
             score += bias
         score = tl.where(visible, score, float("-inf"))
     return score, keep
+
+
+@triton.jit
+def running_exps(score, row_max, row_sum, scale, RAW: tl.constexpr):
+    """An online softmax's step: the maximum and the sum of exps with these scores, their exps, and what rescales
+    earlier ones. RAW: they are products; a factor a row and one in the exp's FMA take the place of one a score."""
+    if RAW:
+        new_max = tl.maximum(row_max, tl.max(score, 1) * scale.factor)
+        p = tl.exp2(score * scale.factor - new_max[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(score, 1))
+        p = tl.exp2(score - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    return new_max, row_sum * rescale + tl.sum(p, 1), p, rescale
