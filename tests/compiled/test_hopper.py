@@ -23,7 +23,8 @@ from .triton_launch import compiled
 HALF, BRAIN = torch.float16, torch.bfloat16
 KERNELS = [f"_{kernel}_kernel" for kernel in FAST]
 SMALL = Case(q_len=299, kv_len=300, batch=1, heads=2, kv_heads=1, dim=128)
-LONG = Case(q_len=430, kv_len=640, batch=1, heads=1, kv_heads=1, dim=128)  # four tiles of rows, five of keys
+LONG = Case(q_len=430, kv_len=640, batch=1, heads=1, kv_heads=1, dim=128, image="all")  # tiles: 4 of rows, 5 of keys
+FELT = {"_lse_kernel": replace(LONG, q_len=300), "_sinks_kernel": LONG}
 UNFELT = {
     ("early_release", "_sinks_kernel"): 3,  # each group's last tile: nothing comes to its place any more
     ("wrong_phase", "_sinks_kernel"): 1,  # the first group leaves no tile out
@@ -69,18 +70,22 @@ def test_statistics_and_a_given_head():
         check(Case(q_len=150, kv_len=210, heads=2, kv_heads=2, image="scattered"), "triton", HALF)
 
 
+def launch_of(name, case):
+    replays = []
+    with short_rings(1), compiled("sm_90", gluon=True, observe=lambda launched: replays.append(Replay(launched))):
+        run(spaced(make(case, BRAIN)), exact(make(case))[-1], "triton")
+    return next(replay for replay in replays if replay.launched.name == name)
+
+
 @pytest.fixture(scope="module")
 def recorded():
     """By kernel, a launch that can be had again; memory that belongs to nobody lies around its tensors.
 
     With one place in a ring, every phase of it is felt.
     """
-    replays = []
-    inputs = spaced(make(LONG, BRAIN))
-    with short_rings(1), compiled("sm_90", gluon=True, observe=lambda launched: replays.append(Replay(launched))):
-        run(inputs, exact(make(LONG))[-1], "triton")
-    found = {replay.launched.name: replay for replay in replays}
-    for name in KERNELS:
+    found = {}
+    for name, case in FELT.items():
+        found[name] = launch_of(name, case)
         found[name].record()
     return found
 
