@@ -14,17 +14,18 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 from dataclasses import replace
 from tests.compiled import resources
-from eah_kernels.triton.tiles import TILES
+from eah_kernels.triton.tiles import TILES, find_tile
 row = resources.Row("lse", "sm_90", "plain", 64)
 print(resources.build(row)[2])
 good = resources.TARGETS["sm_90"]
 resources.TARGETS["sm_90"] = good._replace(shared_kib=1, matrix="UTCHMMA")
 print(resources.build(row)[2])
 resources.TARGETS["sm_90"] = good
-row = resources.Row("attend", "sm_90", "float32", 256)
+row = resources.Row("sinks", "sm_90", "masked", 128)
 print(resources.build(row)[2])
-kinds = TILES["attend"]["sm_90"]
-kinds["float32"] = tuple(replace(tile, spills="") for tile in kinds["float32"])
+kinds = TILES["sinks"]["sm_90"]
+kinds["masked"] = tuple(replace(tile, spills="") for tile in kinds["masked"])
+find_tile.cache_clear()
 print(resources.build(row)[2])
 row = resources.Row("lse", "sm_90", "fast", 128)
 resources.FAST_ISSUES, resources.FAST_EXPS_BETWEEN = 4, 20
