@@ -11,7 +11,7 @@ Otherwise (head -1), the layer's ordinary attention: a FlashAttention-2 forward 
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import CELL, NO_MASK, Sizes
+from eah_kernels.triton.bundles import CELL, NO_MASK, Layer, RowBlock, Sizes
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_groups, view, view_lines
 from eah_kernels.triton.loads import at, head_of, load_operand, load_values, mask_of, row_of, value_columns
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
@@ -23,10 +23,11 @@ AT_ONCE = 264  # programs of a finer tile that a large GPU holds: two on each of
 
 @triton.jit
 def attend_rows(
-    q, k, v, out, mask, packed, minus_lse, b, h, start_m, first_value, kv_heads, sizes, scale,
+    layer, b, h, start_m, first_value,
     R: tl.constexpr, V: tl.constexpr, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Rows start_m, ... with the map of head h: times the value heads from first_value on, or (not SHARED) h's own."""
+    q, k, v, out, mask, packed, minus_lse, kv_heads, sizes, scale = layer
     VALUE_HEADS: tl.constexpr = V.HEADS if SHARED else 1
     q, k, v = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(v, b, first_value)
     out = row_of(head_of(out, b, first_value * R.GROUP if SHARED else h), start_m)
@@ -50,6 +51,7 @@ def attend_rows(
     mixed = tl.zeros([BLOCK_M, VALUE_HEADS * V.PAD], tl.float32)
     PRECISION: tl.constexpr = R.PRECISION
     span = key_range(start_m, sizes, cells, R, BLOCK_M, BLOCK_N)
+    block = RowBlock(rows, start_m, k, mask, words, span, sizes, scale)
     for EDGE in tl.static_range(2):  # the blocks that every row sees, then the others
         begin, end = walk(span, EDGE, AFTER, R.BOTH_SIDES)
         # A loop that may run zero times merges zeros with a product under way, and ptxas then waits for every wgmma at
@@ -58,9 +60,7 @@ def attend_rows(
             for start_n in range(begin, end, BLOCK_N):
                 start_n = place(span, tl.multiple_of(start_n, BLOCK_N), EDGE, R.BOTH_SIDES, BLOCK_N)
                 RAW: tl.constexpr = R.RAW_MAX and not EDGE and not SHARED
-                score, seen = score_block(
-                    rows, start_m, start_n, k, mask, words, span, sizes, scale, R, EDGE, RAW, BLOCK_N
-                )
+                score, seen = score_block(block, start_n, R, EDGE, RAW, BLOCK_N)
                 if SHARED:
                     p = tl.exp2(score + row_lse[:, None])
                 else:
@@ -98,19 +98,13 @@ def _attend_kernel(
     blocks = tl.num_programs(0) // (batch * (units + heads))
     start_m = (blocks - 1 - pid // (batch * (units + heads))) * BLOCK_M  # longest rows first
     h = tl.load(head_ptr + b)
+    layer = Layer(q, k, v, out, mask, packed, minus_lse, kv_heads, sizes, scale)
     if unit < units:
         if h >= 0:
-            first = unit * V.HEADS
-            attend_rows(
-                q, k, v, out, mask, packed, minus_lse, b, h, start_m, first, kv_heads, sizes, scale,
-                R, V, True, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            attend_rows(layer, b, h, start_m, unit * V.HEADS, R, V, True, BLOCK_M, BLOCK_N)
     elif h < 0:
         h = unit - units
-        attend_rows(
-            q, k, v, out, mask, packed, minus_lse, b, h, start_m, h // R.GROUP, kv_heads, sizes, scale,
-            R, V, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        attend_rows(layer, b, h, start_m, h // R.GROUP, R, V, False, BLOCK_M, BLOCK_N)
 
 
 def attend(problem: Problem, value, head, out, minus_lse) -> Launch:

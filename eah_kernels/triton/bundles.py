@@ -135,6 +135,15 @@ class Columns(NamedTuple):
     exists: Any
 
 
+class Pairs(NamedTuple):
+    """Where a tile of scores lies: rows start_m + local_m and keys start_n + local_n, which broadcast to the tile."""
+
+    start_m: Any
+    local_m: Any
+    start_n: Any
+    local_n: Any
+
+
 class Span(NamedTuple):
     """The blocks of a walk over keys or rows: whole ones, which need no mask, and at their sides those that do.
 
@@ -149,3 +158,31 @@ class Span(NamedTuple):
     edge: Any
     last: Any
     biased: Any
+
+
+class RowBlock(NamedTuple):
+    """A block of rows of one head, and what its walk over the keys reads."""
+
+    rows: Any  # Operand, start_m and on
+    start_m: Any
+    k: Any
+    mask: Any
+    words: Any
+    span: Any
+    sizes: Any
+    scale: Any
+
+
+class Layer(NamedTuple):
+    """What `attend` reads and writes, of every batch row and head."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    mask: Any
+    packed: Any
+    minus_lse: Any
+    kv_heads: Any
+    sizes: Any
+    scale: Any

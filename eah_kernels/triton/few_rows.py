@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import NO_MASK, Partial, Sizes, View
+from eah_kernels.triton.bundles import NO_MASK, Pairs, Partial, Sizes, View
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_groups, view
 from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, load_values, mask_of, row_of, value_columns
 from eah_kernels.triton.scores import score_tile
@@ -63,9 +63,8 @@ def stretch_rows(
         key = start_n + local_n
         seen = key < kv_len
         qk = dot_rows(rows, load_operand(k, start_n, seen, R), R)  # [BLOCK_M, BLOCK_N]
-        score, visible = score_tile(
-            qk, 0, row[:, None], start_n, local_n[None, :], sizes, mask, scale, R, R.MASK, True, True
-        )
+        pairs = Pairs(0, row[:, None], start_n, local_n[None, :])
+        score, visible = score_tile(qk, pairs, sizes, mask, scale, R, R.MASK, True, True)
         score = tl.where(seen[None, :], score, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(score, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)

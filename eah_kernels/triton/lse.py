@@ -8,7 +8,7 @@ the next pass adds to.
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import NO_MASK, Sizes, Tally
+from eah_kernels.triton.bundles import NO_MASK, RowBlock, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
 from eah_kernels.triton.loads import at, count_image_tokens, has_image_token, head_of, load_operand, mask_of
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
@@ -60,12 +60,13 @@ def _lse_kernel(
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     span = key_range(start_m, sizes, cells, R, BLOCK_M, BLOCK_N)
+    block = RowBlock(rows, start_m, k, mask, words, span, sizes, scale)
     for EDGE in tl.static_range(2):  # the blocks that every row sees, then the others
         begin, end = walk(span, EDGE, AFTER, R.BOTH_SIDES)
         for start_n in range(begin, end, BLOCK_N):
             start_n = place(span, tl.multiple_of(start_n, BLOCK_N), EDGE, R.BOTH_SIDES, BLOCK_N)
             RAW: tl.constexpr = R.RAW_MAX and not EDGE
-            score, _ = score_block(rows, start_m, start_n, k, mask, words, span, sizes, scale, R, EDGE, RAW, BLOCK_N)
+            score, _ = score_block(block, start_n, R, EDGE, RAW, BLOCK_N)
             row_max, row_sum, _, _ = running_exps(score, row_max, row_sum, scale, RAW)
     lse = tl.where(real & (row_sum != 0), -row_max - tl.log2(row_sum), float("-inf"))
     tl.store(out_ptr + local_m, lse)

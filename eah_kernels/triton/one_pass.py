@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eah_kernels.triton.bundles import KEY_MASK, NO_MASK, Choice, Sizes, Tally
+from eah_kernels.triton.bundles import KEY_MASK, NO_MASK, Choice, Pairs, Sizes, Tally
 from eah_kernels.triton.launch import Launch, Problem, cdiv, power_of_two, view, view_lines
 from eah_kernels.triton.loads import at, count_image_tokens, dot_rows, head_of, load_operand, row_of
 from eah_kernels.triton.ranges import seeing_rows
@@ -111,16 +111,11 @@ def _one_pass_kernel(
         score = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
         if (first < start_n + BLOCK_N) & (start_n < end):
             score = dot_rows(rows, keys, R)
+            pairs = Pairs(start_m, local_m[:, None], start_n, local_n[None, :])
             if is_whole(start_m, start_n, sizes, R, BLOCK_M, BLOCK_N):
-                score, _ = score_tile(
-                    score, start_m, local_m[:, None], start_n, local_n[None, :], sizes, mask, scale, R,
-                    NO_MASK, False, True,
-                )  # fmt: skip
+                score, _ = score_tile(score, pairs, sizes, mask, scale, R, NO_MASK, False, True)
             else:
-                score, _ = score_tile(
-                    score, start_m, local_m[:, None], start_n, local_n[None, :], sizes, mask, scale, R,
-                    R.MASK, True, True,
-                )  # fmt: skip
+                score, _ = score_tile(score, pairs, sizes, mask, scale, R, R.MASK, True, True)
             row_max = tl.maximum(row_max, tl.max(score, 1))
         scores = scores + (score,)  # type: ignore[assignment]
         keys = following

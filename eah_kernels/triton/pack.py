@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eah_kernels.triton.bundles import BIASED, CELL, HIDES, SHOWS, Packed, PackedMask, Scale, Sizes
+from eah_kernels.triton.bundles import BIASED, CELL, HIDES, SHOWS, Packed, PackedMask, Pairs, Scale, Sizes
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, mask_view, view
 from eah_kernels.triton.loads import at, head_of, mask_of, row_of
 from eah_kernels.triton.scores import counting_rows, score_tile
@@ -53,10 +53,9 @@ def _pack_kernel(mask, rows, columns, heads, row_cells, key_cells, q_len, kv_len
     start_m, start_n = row_cell * CELL, key_cell * CELL
     local = tl.arange(0, CELL)
     row, key = (start_m + local)[:, None], (start_n + local)[None, :]
-    score, visible = score_tile(
-        tl.zeros([CELL, CELL], tl.float32), start_m, local[:, None], start_n, local[None, :], sizes, mask,
-        Scale(0.0, 0.0), R, R.MASK, True, True,
-    )  # fmt: skip
+    pairs = Pairs(start_m, local[:, None], start_n, local[None, :])
+    nothing = tl.zeros([CELL, CELL], tl.float32)
+    score, visible = score_tile(nothing, pairs, sizes, mask, Scale(0.0, 0.0), R, R.MASK, True, True)
     inside = (row < q_len) & (key < kv_len)
     visible = visible & inside
     biased = tl.max((visible & (score != 0)).to(tl.int32)) * BIASED

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import BIAS_MASK, BOOL_MASK, KEY_MASK, NO_MASK
+from eah_kernels.triton.bundles import BIAS_MASK, BOOL_MASK, KEY_MASK, NO_MASK, Pairs
 from eah_kernels.triton.loads import at, dot_rows, load_operand
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -28,16 +28,16 @@ def shown_keys(start_n, local_n, keep, mask, MASK: tl.constexpr):
 
 @triton.jit
 def score_tile(
-    qk, start_m, local_m, start_n, local_n, sizes, mask, scale, R: tl.constexpr,
-    MASK: tl.constexpr, EDGE: tl.constexpr, OWN: tl.constexpr,
-):  # fmt: skip
-    """Scores, -inf where hidden, and the visible pairs of rows start_m + local_m and keys start_n + local_n.
+    qk, pairs, sizes, mask, scale, R: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, OWN: tl.constexpr
+):
+    """Scores of these pairs of rows and keys, in either order, -inf where hidden, and the visible pairs.
 
-    local_m and local_n broadcast to the tile, in either order. A (B, Skv) mask hides by adding -inf a column, which
-    its keys, loaded as zeros, allow; it is left out of the visible pairs. EDGE = False: no pair of the tile is hidden,
-    by its position or by a mask. OWN = False hides every row's own key too. The caller drops rows past q_len, and
-    under CAUSAL keys past kv_len, which only such rows see. MASK: the form to apply here, R.MASK or NO_MASK.
+    A (B, Skv) mask hides by adding -inf a column, which its keys, loaded as zeros, allow; it is left out of the visible
+    pairs. EDGE = False: no pair of the tile is hidden, by its position or by a mask. OWN = False hides every row's own
+    key too. The caller drops rows past q_len, and under CAUSAL keys past kv_len, which only such rows see. MASK: the
+    form to apply here, R.MASK or NO_MASK.
     """
+    start_m, local_m, start_n, local_n = pairs
     if R.SOFTCAP:
         score = scale.cap * tanh(qk * scale.factor)
     else:
@@ -117,33 +117,29 @@ def add_entries(tile, visible, biased, entry_ptr, stride_a, stride_b):
 
 
 @triton.jit
-def score_block(
-    q, start_m, start_n, k, mask, words, span, sizes, scale,
-    R: tl.constexpr, EDGE: tl.constexpr, RAW: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Scores of rows q, start_m and on, and BLOCK_N keys, start_n and on, -inf where hidden; which keys were loaded.
+def score_block(block, start_n, R: tl.constexpr, EDGE: tl.constexpr, RAW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Scores of a block of rows and BLOCK_N keys, start_n and on, -inf where hidden; which keys were loaded.
 
     EDGE = False: the rows see all of the keys. RAW then gives the products, not scaled.
     """
-    local_m = tl.arange(0, q.main.shape[0])
+    rows, start_m, k, mask, words, span, sizes, scale = block
+    local_m = tl.arange(0, rows.main.shape[0])
     local_n = tl.arange(0, BLOCK_N)
     BY_KEY: tl.constexpr = R.BY_KEY
     TILE_MASK: tl.constexpr = R.MASK if EDGE and BY_KEY else NO_MASK
     keep = start_n + local_n < (sizes.kv_len if EDGE else start_n + BLOCK_N)
     keep = shown_keys(start_n, local_n, keep, mask, TILE_MASK)
     if EDGE and not BY_KEY:
-        visible = unpack(words, start_m, start_n, q.main.shape[0], BLOCK_N)
+        visible = unpack(words, start_m, start_n, rows.main.shape[0], BLOCK_N)
         if R.MASK == BIAS_MASK:
             corner = at(at(mask.ptr, start_m, mask.row), start_n, mask.column)
-            bias = tl.zeros([q.main.shape[0], BLOCK_N], tl.float32)
+            bias = tl.zeros([rows.main.shape[0], BLOCK_N], tl.float32)
             bias = add_entries(bias, visible, span.biased, corner, mask.row, mask.column)
-    qk = dot_rows(q, load_operand(k, start_n, keep, R), R)
+    qk = dot_rows(rows, load_operand(k, start_n, keep, R), R)
     if RAW:
         return qk, keep
-    score, _ = score_tile(
-        qk, start_m, local_m[:, None], start_n, local_n[None, :], sizes, mask, scale, R,
-        TILE_MASK, EDGE and BY_KEY, True,
-    )  # fmt: skip
+    pairs = Pairs(start_m, local_m[:, None], start_n, local_n[None, :])
+    score, _ = score_tile(qk, pairs, sizes, mask, scale, R, TILE_MASK, EDGE and BY_KEY, True)
     if EDGE and not BY_KEY:
         if R.MASK == BIAS_MASK:
             score += bias

@@ -8,7 +8,7 @@ head are added by integer atomics, so the counts are the same in every run; a ba
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import BIAS_MASK, CELL, KEY_MASK, NO_MASK, Choice, Sizes, Tally
+from eah_kernels.triton.bundles import BIAS_MASK, CELL, KEY_MASK, NO_MASK, Choice, Pairs, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
 from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, mask_of
 from eah_kernels.triton.ranges import BEFORE, place, row_range, seeing_rows, walk
@@ -88,10 +88,9 @@ def _sinks_kernel(
                 counts = counting_rows(start_m, sizes, mask, R, BLOCK_M)
                 row_lse = tl.where(counts, row_lse, float("-inf"))
             rows = load_operand(q, start_m, counts, R)
-            score, _ = score_tile(
-                dot_rows(columns, rows, R), start_m, local_m[None, :], start_n, local_n[:, None], sizes, mask, scale, R,
-                NO_MASK, EDGE and R.BY_KEY, False,
-            )  # fmt: skip
+            pairs = Pairs(start_m, local_m[None, :], start_n, local_n[:, None])
+            score = dot_rows(columns, rows, R)
+            score, _ = score_tile(score, pairs, sizes, mask, scale, R, NO_MASK, EDGE and R.BY_KEY, False)
             score += row_lse[None, :]  # [BLOCK_N, BLOCK_M]
             if EDGE and not R.BY_KEY:  # the words hide rows that do not count: last, as their log-sum-exp may be NaN
                 visible = unpack(words, start_n, start_m, BLOCK_N, BLOCK_M)
