@@ -218,6 +218,51 @@ def test_the_history_of_several_threads():
     assert sorted(sizes) == [[1, 1]] * 3 + [[2, 2]] * 3
 
 
+def continued(inputs, cache):
+    """Two text tokens more."""
+    rows = len(inputs["input_ids"])
+    more = torch.ones(rows, 2, dtype=torch.long)
+    mask = torch.cat([inputs["attention_mask"], more], 1)
+    return {"input_ids": more * 5, "attention_mask": mask, "past_key_values": cache}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_turn_in_a_thread_of_its_own(compiled):
+    """It is told of in the last prefill's report, whichever thread that ran in, and every prefill stays one report."""
+    model, (first, second) = build("llava"), (prompt("llava", ["abIcd"] * rows) for rows in (1, 2))
+    if compiled:
+        attention_of(model, 1).compile(backend="eager")
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    with eah.enable(model, threshold=0.0, history=3) as handle:
+        with ThreadPoolExecutor(1) as one:
+            one.submit(logits, model, **first, past_key_values=cache).result()
+            before = handle.history
+            with ThreadPoolExecutor(1) as other:
+                other.submit(logits, model, **continued(first, cache)).result()
+            assert len(before) == len(handle.history) == 1 and handle.history != before
+            assert handle.history == (handle.report(),) and "second turn" in handle.report().layers[0].afterwards
+            before = handle.history
+            logits(model, **second)
+            one.submit(logits, model, **continued(first, cache)).result()
+        assert handle.history == (*before, handle.report())
+        assert [len(report.layers[0].rows) for report in handle.history] == [1, 2]
+
+
+def test_the_history_read_while_prefills_run(monkeypatch):
+    model, inputs = build("llava"), prompt("llava", ["abIcd"])
+    with eah.enable(model, threshold=0.0, history=8) as handle:
+        for _ in range(2):
+            logits(model, **inputs)
+        read = eah.Handle._report
+
+        def read_slowly(handle, records):
+            logits(model, **inputs)  # another thread's, meanwhile
+            return read(handle, records)
+
+        monkeypatch.setattr(eah.Handle, "_report", read_slowly)
+        assert len(handle.history) == 2
+
+
 @pytest.mark.parametrize("history", [1, 4])
 def test_a_prefill_that_is_interrupted_between_layers(history):
     """The history stays readable and never shows layers of different prefills as one."""

@@ -44,7 +44,7 @@ class Handle:
         A layer that an interrupted prefill did not reach has no rows there.
         """
         layers = self._enabled.layers
-        prefills = layers[0].history.prefills if layers[0].history else ()
+        prefills = tuple(layers[0].history.prefills) if layers[0].history else ()  # other threads add to it meanwhile
         return tuple(self._report([records.get(layer.index) for layer in layers]) for _, records in prefills)
 
     def _report(self, records) -> Report:

@@ -42,7 +42,7 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs) -> tu
     if done.carried is not None:
         cache.carry(forward.kept, done.carried)
     if done.record is not None:
-        layer.remember(done.record, forward.later)
+        layer.remember(done.record, done.instead_of)
     return done.output, done.maps
 
 
@@ -68,10 +68,14 @@ class History:
     def __init__(self, length: int):
         self.prefills: deque[tuple[int, dict[int, Record]]] = deque(maxlen=length)
 
-    def remember(self, layer: int, record: Record, instead_of_last: bool) -> None:
-        own = get_ident()
-        last = next((records for thread, records in reversed(self.prefills) if thread == own), None)
-        if last is None or (layer in last and not instead_of_last):
+    def remember(self, layer: int, record: Record, instead_of: Record | None) -> None:
+        own, prefills = get_ident(), tuple(self.prefills)  # other threads add to it meanwhile
+        if instead_of is not None:
+            found = (records for _, records in reversed(prefills) if records.get(layer) is instead_of)
+            next(found, {})[layer] = record
+            return
+        last = next((records for thread, records in reversed(prefills) if thread == own), None)
+        if last is None or layer in last:
             last = {}
             self.prefills.append((own, last))
         last[layer] = record
@@ -100,16 +104,15 @@ class SwappedLayer:
     def attached(self) -> bool:
         return getattr(self.module, "eah_layer", None) is self
 
-    def remember(self, record: Record, later: bool) -> None:
-        """later: of a forward on a cache, which adds to what the prefill before left behind, if one was seen."""
-        adds = later and self.record is not None
+    def remember(self, record: Record, instead_of: Record | None) -> None:
+        """instead_of: what the last prefill left behind, to which a forward on a cache adds; None of a new prefill."""
         self.record = record
         if self.history is not None:
             # Not traced: a compiled forward would be compiled anew whenever the history grows.
-            torch.compiler.disable(self.history.remember)(self.index, record, adds)
+            torch.compiler.disable(self.history.remember)(self.index, record, instead_of)
         if isinstance(record, Acted):
             self.acted = True
-        elif not adds:
+        elif instead_of is None:
             self.warn(record)
 
     def warn(self, record: StoodAside) -> None:

@@ -159,12 +159,13 @@ class Base(NamedTuple):
 
 class Done(NamedTuple):
     """Output (B, S, Hq, Dv) and maps, or None in their place; what the layer records and the sequence carries, None
-    where that stays as it was."""
+    where that stays as it was. instead_of: the record of the prefill before that this one adds to."""
 
     output: Tensor
     maps: Tensor | None
     record: Record | None = None
     carried: Begun | Advanced | Nothing | None = None
+    instead_of: Record | None = None
 
 
 class Own(NamedTuple):
@@ -176,7 +177,8 @@ class Own(NamedTuple):
         done = forward.attention(forward.query, forward.key, forward.value, forward.mask)
         if self.why is None:
             return Done(*done)
-        return Done(*done, _aside(self.why, layer.record if forward.later else None), Nothing(self.why))
+        last = layer.record if forward.later else None
+        return Done(*done, _aside(self.why, last), Nothing(self.why), last)
 
 
 NOTHING_TO_DO = Own(None)
@@ -227,7 +229,7 @@ class Hold(NamedTuple):
         if forward.query.shape[2] > 1 and isinstance(last, Acted):
             held = (head >= 0).any()
             record = last._replace(held=held if last.held is None else last.held | held.to(last.held.device))
-        return Done(*self.through.output(layer, forward, self.call, Choice(head, receives)), record)
+        return Done(*self.through.output(layer, forward, self.call, Choice(head, receives)), record, None, last)
 
 
 class Track(NamedTuple):
@@ -247,4 +249,4 @@ class Track(NamedTuple):
         record = None
         if isinstance(last, Acted) and last.complete is not kept.complete:
             record = last._replace(complete=kept.complete)
-        return Done(*self.through.output(layer, forward, self.call, choice), record, carried)
+        return Done(*self.through.output(layer, forward, self.call, choice), record, carried, last)
