@@ -129,6 +129,20 @@ def test_importing_eah_loads_names_only():
     assert out.split("\n")[:4] == ["[]", "True", "True True", "False"]
 
 
+@pytest.mark.parametrize("package", ["eah", "eah_kernels"])
+def test_the_hints_of_public_names_can_be_read(package):
+    """As tools that check calls or render documentation do, without transformers."""
+    out = run(
+        f"import inspect, sys, typing, {package} as package\n"
+        "for value in (getattr(package, name) for name in package.__all__):\n"
+        "    methods = [f for f in vars(value).values() if inspect.isfunction(f)] if inspect.isclass(value) else []\n"
+        "    for function in [*filter(callable, [value]), *methods]:\n"
+        "        typing.get_type_hints(function)\n"
+        "print('transformers' in sys.modules)\n"
+    )
+    assert out == "False\n"
+
+
 def test_a_folder_of_eah_is_not_taken_for_transformers():
     """From python/eah Python finds eah's own folder first: that says so, instead of a missing name later on."""
     out = run("try: import transformers\nexcept ImportError as error: print(error)", folder=ROOT / "python/eah")

@@ -17,6 +17,8 @@ from eah.transformers.layer import History, Settings, SwappedLayer, Warned, regi
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+else:
+    PreTrainedModel = torch.nn.Module  # to who reads the hints at run time: transformers is loaded by the first call
 
 NEWEST_TESTED = (5, 24)  # of transformers; tests marked `seam` run on it and on the oldest that pyproject.toml allows
 
