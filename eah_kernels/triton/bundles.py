@@ -110,6 +110,7 @@ class Rules(NamedTuple):
     BY_KEY: bool  # the mask, if any, is read by key
     BOTH_SIDES: bool  # a block that is not seen whole may lie before the whole ones and after them
     WGMMA: bool  # sm_90: a product runs beside its warps until it is waited for
+    LATE_WORDS: bool  # sm_100: the words of a mask are read after Q K^T, not before it (score_block)
 
 
 class Values(NamedTuple):

@@ -170,6 +170,7 @@ def rules_for(
         BY_KEY=mask in (NO_MASK.value, KEY_MASK.value),
         BOTH_SIDES=mask != NO_MASK.value or windowed,
         WGMMA=target == "sm_90",
+        LATE_WORDS=target in ("sm_100", "interpreter"),
     )
 
 

@@ -103,15 +103,15 @@ def unpack(words, start_a, start_b, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def add_entries(tile, visible, biased, entry_ptr, stride_a, stride_b):
-    """`tile`, scores or zeros, plus an additive mask's entries at visible pairs, if `biased`; the first at entry_ptr.
+def add_entries(tile, shown, biased, entry_ptr, stride_a, stride_b):
+    """`tile`, scores or zeros, plus an additive mask's entries at shown pairs, if `biased`; the first at entry_ptr.
 
     Not to be called between two matrix products: after its branch Triton waits for the second one's operands apart,
     past the only fence, and wgmma would read them without (tests/compiled/fences.py).
     """
     if biased:
         local_a, local_b = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
-        entry = tl.load(entry_ptr + local_a * stride_a + local_b * stride_b, mask=visible, other=0)
+        entry = tl.load(entry_ptr + local_a * stride_a + local_b * stride_b, mask=shown, other=0)
         tile += entry.to(tl.float32) * LOG2E
     return tile
 
@@ -121,6 +121,8 @@ def score_block(block, start_n, R: tl.constexpr, EDGE: tl.constexpr, RAW: tl.con
     """Scores of a block of rows and BLOCK_N keys, start_n and on, -inf where hidden; which keys were loaded.
 
     EDGE = False: the rows see all of the keys. RAW then gives the products, not scaled.
+    LATE_WORDS: with a copy of words before Q K^T, K is waited for apart from V, past the loop's only proxy fence, and
+    tcgen05.mma would read K without one. An additive mask's entries, read before it, then come by bounds, not by words.
     """
     rows, start_m, k, mask, words, span, sizes, scale = block
     local_m = tl.arange(0, rows.main.shape[0])
@@ -129,18 +131,22 @@ def score_block(block, start_n, R: tl.constexpr, EDGE: tl.constexpr, RAW: tl.con
     TILE_MASK: tl.constexpr = R.MASK if EDGE and BY_KEY else NO_MASK
     keep = start_n + local_n < (sizes.kv_len if EDGE else start_n + BLOCK_N)
     keep = shown_keys(start_n, local_n, keep, mask, TILE_MASK)
-    if EDGE and not BY_KEY:
+    SPLIT: tl.constexpr = EDGE and not BY_KEY
+    if SPLIT and not R.LATE_WORDS:
         visible = unpack(words, start_m, start_n, rows.main.shape[0], BLOCK_N)
-        if R.MASK == BIAS_MASK:
-            corner = at(at(mask.ptr, start_m, mask.row), start_n, mask.column)
-            bias = tl.zeros([rows.main.shape[0], BLOCK_N], tl.float32)
-            bias = add_entries(bias, visible, span.biased, corner, mask.row, mask.column)
+    if SPLIT and R.MASK == BIAS_MASK:
+        shown = (start_m + local_m < sizes.q_len)[:, None] & keep[None, :] if R.LATE_WORDS else visible
+        corner = at(at(mask.ptr, start_m, mask.row), start_n, mask.column)
+        bias = tl.zeros([rows.main.shape[0], BLOCK_N], tl.float32)
+        bias = add_entries(bias, shown, span.biased, corner, mask.row, mask.column)
     qk = dot_rows(rows, load_operand(k, start_n, keep, R), R)
+    if SPLIT and R.LATE_WORDS:
+        visible = unpack(words, start_m, start_n, rows.main.shape[0], BLOCK_N)
     if RAW:
         return qk, keep
     pairs = Pairs(start_m, local_m[:, None], start_n, local_n[None, :])
     score, _ = score_tile(qk, pairs, sizes, mask, scale, R, TILE_MASK, EDGE and BY_KEY, True)
-    if EDGE and not BY_KEY:
+    if SPLIT:
         if R.MASK == BIAS_MASK:
             score += bias
         score = tl.where(visible, score, float("-inf"))

@@ -256,7 +256,7 @@ SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
         },
         "sm_100": {
             "plain": (Tile(64, 64, 4, 2, 256), Tile(64, 64, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
-            "masked": (None, None, None),  # with an additive mask V lacked a proxy fence
+            "masked": (None, None, None),  # the plain ones are fenced and spill nothing, but are not compared yet
         },
         "gfx942": {
             "plain": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 16, 8, 2, 256)),
