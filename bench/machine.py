@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -79,6 +80,14 @@ def identity(device: str) -> dict:
     return found
 
 
+def command_line() -> str:
+    """What was run, as one would type it in the repository's root."""
+    script, *given = sys.argv
+    program = ["-m", f"bench.{Path(script).stem}"] if Path(script).parent == ROOT / "bench" else [script]
+    here = f"{ROOT}{os.sep}"
+    return shlex.join(["python", *program, *(argument.removeprefix(here) for argument in given)])
+
+
 def describe(device: str, commit: str | None = None) -> dict:
     """Device, machine, driver, library versions, commit (left out where nobody knows it), command and date."""
     versions = {"python": platform.python_version()}
@@ -98,6 +107,6 @@ def describe(device: str, commit: str | None = None) -> dict:
         "driver": driver,
         "versions": versions,
         **({"commit": commit} if commit else {}),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -220,3 +220,11 @@ def test_layers_that_fail_or_find_no_time_are_left_out(monkeypatch, tmp_path):
     assert attention.main(["--out", str(tmp_path), "--seconds", "0"]) == 0
     left_out = json.loads((tmp_path / "attention.json").read_text())["left_out"]
     assert len(left_out) == 4 and set(left_out.values()) == {"no time left"}
+
+
+def test_a_result_says_its_command_without_the_folder_of_the_clone(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", [str(machine.ROOT / "bench/attention.py"), "--out", str(machine.ROOT / "build/bench")]
+    )
+    assert machine.command_line() == "python -m bench.attention --out build/bench"
+    assert not any("/" in json.loads(file.read_text())["command"].replace("build/bench", "") for file in RESULTS)
