@@ -266,6 +266,7 @@ def test_our_answers_can_be_scored_again(saved_model, finished, tmp_path, capsys
         (["--generation", "num_return_sequences=2"], "a question has one answer"),
         (["--generation", "temprature=2"], "transformers has no such setting"),
         (["--device", "cuda:7"], "--device 'cuda:7' cannot be used"),
+        (["--device", "meta"], "--device 'meta' cannot be used"),
         (["--prompt", "x"], "--prompt has no meaning for pope"),
         (["--threshold", "0.002", "0.002"], "eah-l1-t0.002 was asked for twice"),
         (["--threshold", "-1"], "threshold must be"),
@@ -283,6 +284,13 @@ def test_bad_input_is_one_line_and_status_1(saved_model, tmp_path, capsys, more,
     assert status == 1 and out == "" and err.count("\n") == 1, err
     assert named in err
     assert not (tmp_path / "out/answers").exists()
+
+
+def test_weights_that_cannot_be_read(saved_model, tmp_path, capsys):
+    for file in (saved_model / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+    status, out, err = run(capsys, saved_model, tmp_path / "out", "--model", tmp_path)
+    assert status == 1 and out == "" and "the weights of" in err and err.count("\n") == 1, err
 
 
 def test_a_picture_that_cannot_be_read(saved_model, tmp_path, capsys):

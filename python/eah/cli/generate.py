@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +12,7 @@ import eah
 from eah.cli.doctor import why_no_enable
 from eah.cli.messages import one_line, progress
 from eah.cli.samples import load_picture
+from eah.transformers.pretrained import device_of, load_pretrained, no_bars_in_files
 from eah_kernels import eah_attention
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -38,32 +37,22 @@ def generate(
     Raises:
         ImportError, OSError, ValueError, RuntimeError: as loading the picture and the model and `eah.enable` do.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_knobs(knobs, max_new_tokens, device)
+    place = device_of(device)
+    check_knobs(knobs, max_new_tokens, place)
     picture, _ = load_picture(image_file)
     problem = why_no_enable()
     if problem:
         raise ImportError(problem)
     from huggingface_hub.utils import logging as hub_logging
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
-    from transformers.utils import logging
+    from transformers import TextStreamer
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    no_bars_in_files()
     hub_logging.set_verbosity_error()  # or every retry without a network is a line
     progress(f"looking at {model_id}")
     check_model(model_id, knobs if "with" in answers else None, trust_remote_code)
     progress(f"loading {model_id}")
-    processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            model_id, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-        model.to(device)
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {model_id} cannot be read: {error}") from error
-    inputs = prepare(processor, picture, prompt).to(device, model.dtype)
+    processor, model = load_pretrained(model_id, "auto", place, trust_remote_code)
+    inputs = prepare(processor, picture, prompt).to(place, model.dtype)
 
     class Answer(TextStreamer):
         text = ""
@@ -73,7 +62,7 @@ def generate(
             if stream:
                 super().on_finalized_text(text, stream_end)
 
-    results = {"model": model_id, "device": str(device), "prompt_tokens": inputs["input_ids"].shape[1], "answers": {}}
+    results = {"model": model_id, "device": str(place), "prompt_tokens": inputs["input_ids"].shape[1], "answers": {}}
     for answer in answers:
         if len(answers) > 1 and stream:
             print(f"--- {answer} EAH")
@@ -93,15 +82,10 @@ def generate(
     return results
 
 
-def check_knobs(knobs: dict, max_new_tokens: int, device: str) -> None:
+def check_knobs(knobs: dict, max_new_tokens: int, device: torch.device) -> None:
     """Raises ValueError for what is wrong whatever the model is."""
     if max_new_tokens < 1:
         raise ValueError(f"max-new-tokens must be an int >= 1, got {max_new_tokens}")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
     empty = torch.empty(0, 1, 1, 1, device=device)
     image_mask = torch.empty(0, 1, dtype=torch.bool, device=device)
     options = {name: knobs[name] for name in ("threshold", "min_density", "backend")}

@@ -193,12 +193,11 @@ def _report(arguments) -> int:
         if name in results:
             raise ValueError(f"two folders are named {name}: give them names of their own")
         results[name] = result
-    out = Path(arguments.out)
-    write_json(out / "result.json", {"schema": SCHEMA, "runs": results})
+    out, whole = Path(arguments.out), {"schema": SCHEMA, "runs": results}
+    write_json(out / "result.json", whole)
     markdown.write(out / "result.md", results)
     for name, result in results.items():
         plot(result, out, prefix=f"{name}.")
-    whole = {"schema": SCHEMA, "runs": results}
     text = "\n\n".join(markdown.section(name, result) for name, result in results.items())
     print(json.dumps(whole, indent=2) if arguments.json else text)
     return 0

@@ -14,8 +14,8 @@ from lmms_eval.api.model import lmms
 
 from eah.eval.benchmark import Item
 from eah.eval.generation import Prompts, answer_batch, check_changes, generating_by, neutral_config
-from eah.eval.run import load_model
 from eah.eval.variants import Variant
+from eah.transformers.pretrained import device_of, load_pretrained
 
 IMAGE = "<image>"
 
@@ -49,7 +49,7 @@ class EahHf(lmms):
         max_batch_size: int | None = None,  # lmms-eval hands it to every model
     ):
         super().__init__()
-        processor, self._model = load_model(pretrained, dtype, device, trust_remote_code)
+        processor, self._model = load_pretrained(pretrained, dtype, device_of(device), trust_remote_code)
         self._prompts = Prompts(processor, form=prompt_format)
         numbers = tuple(int(number) for number in str(layers).split("+"))
         self._variant = Variant(numbers, float(threshold), float(min_density), decode, backend) if eah else None

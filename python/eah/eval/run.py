@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 import eah
 from eah.eval.benchmark import Answer, Item
 from eah.eval.files import read_json
@@ -89,25 +87,6 @@ def read_picture(path: Path):
         return Image.open(path).convert("RGB")
     except OSError as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
-
-
-def load_model(folder: str, dtype: str, device: str | torch.device | None, trust_remote_code: bool):
-    """The processor and the model, from safetensors only.
-
-    Raises:
-        OSError, ValueError, ImportError: as transformers raises them.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    options = {"trust_remote_code": trust_remote_code}
-    processor = AutoProcessor.from_pretrained(folder, **options)
-    if not hasattr(processor, "tokenizer"):
-        raise ValueError(f"{folder} has no processor of pictures and text: it is no vision-language model")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
-    return processor, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def check_variants(model, todo: list[Task]) -> None:

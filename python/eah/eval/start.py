@@ -11,9 +11,10 @@ from eah.eval.files import sha256, write_json
 from eah.eval.generation import SUFFIXES, Prompts, check_changes, neutral_config
 from eah.eval.journal import alone_in
 from eah.eval.mmhal import Mmhal
-from eah.eval.run import answer, check_pictures, check_settings, check_variants, load_model, tasks, versions
+from eah.eval.run import answer, check_pictures, check_settings, check_variants, tasks, versions
 from eah.eval.subsets import with_files
 from eah.eval.variants import product
+from eah.transformers.pretrained import device_of, load_pretrained
 
 
 def start(benchmark, scoring: dict, arguments) -> int:
@@ -36,7 +37,7 @@ def start(benchmark, scoring: dict, arguments) -> int:
         raise ValueError(f"part {empty[0]} has no item: no picture of {arguments.images} has annotations")
     todo = tasks(variants, not arguments.no_base, parts, arguments.seeds)
     check_pictures(arguments.images, todo)
-    device = device_of(arguments.device)
+    device = device_of(arguments.device, "--device")
     asked = {
         "bench": benchmark.name,
         "model": str(Path(arguments.model).resolve()),
@@ -58,7 +59,7 @@ def start(benchmark, scoring: dict, arguments) -> int:
     out = Path(arguments.out)
     with alone_in(out):
         check_settings(out, asked)
-        processor, model = load_model(arguments.model, arguments.dtype, device, arguments.trust_remote_code)
+        processor, model = load_pretrained(arguments.model, arguments.dtype, device, arguments.trust_remote_code)
         check_variants(model, todo)
         config = neutral_config(model, arguments.max_new_tokens or benchmark.max_new_tokens, changes)
         prompts = Prompts(processor, asked["prompt_suffix"], arguments.prompt_format)
@@ -75,19 +76,6 @@ def start(benchmark, scoring: dict, arguments) -> int:
         if isinstance(benchmark, Mmhal):
             return hand_to_judge(benchmark, answered, out)
         return finish(benchmark, answered, scoring, arguments)
-
-
-def device_of(name: str | None) -> torch.device:
-    """
-    Raises:
-        ValueError: it cannot be used.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--device {name!r} cannot be used: {reason}") from error
 
 
 def hand_to_judge(benchmark: Mmhal, answered, out: Path) -> int:

@@ -1,0 +1,52 @@
+"""A model and its processor, from a folder or the hub, and the device that they run on: for the commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+
+def device_of(name: str | None, called: str = "device") -> torch.device:
+    """The device of that name; None: CUDA where there is one, else the CPU. called: what the user gave it as.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises, by kind of device
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{called} {name!r} cannot be used: {reason}") from error
+    return torch.device(name)
+
+
+def no_bars_in_files() -> None:
+    """transformers and the hub show their progress on a terminal only."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def load_pretrained(source: str, dtype: str, device: torch.device, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The processor and the model, from safetensors only.
+
+    Raises:
+        OSError, ValueError, ImportError: as transformers raises them, or what is no vision-language model.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    no_bars_in_files()
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    processor = AutoProcessor.from_pretrained(source, **options)
+    if not hasattr(processor, "tokenizer"):
+        raise ValueError(f"{source} has no processor of pictures and text: it is no vision-language model")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {source} cannot be read: {error}") from error
+    return processor, model.to(device).eval()
