@@ -191,14 +191,6 @@ class Maps {
   }
 };
 
-std::vector<Visibility> visibilities(const Problem& p, int64_t b, int64_t first_head, int64_t heads) {
-  std::vector<Visibility> rules;
-  for (int64_t h = 0; h < (p.scoring.mask_heads > 1 ? heads : 1); ++h) {
-    rules.push_back(visibility(p, b, first_head + h));
-  }
-  return rules;
-}
-
 // The column means of a head, into zeros.
 void column_means(const Maps& maps, int64_t head, const bool* image, Span span, float* mean) {
   const Problem& p = maps.p;
@@ -247,20 +239,11 @@ void add_stretch(float* output, const Maps& maps, int64_t stretch, int64_t first
 
 }  // namespace
 
-void few_rows_statistics(const Problem& p, const bool* image_mask, float* mean, float* lse) {
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const bool* image = image_mask + b * p.kv_len;
-    float* row_mean = mean + b * p.heads * p.kv_len;
-    std::fill_n(row_mean, p.heads * p.kv_len, 0.f);
-    const Span span = image_span(image, p.kv_len);
-    if (span.first == span.last && !lse) {
-      continue;
-    }
-    const std::vector<Visibility> rules = visibilities(p, b, 0, p.heads);
-    Maps maps(p, b, 0, p.heads, rules);
-    maps.make(lse ? lse + b * p.heads * p.q_len : nullptr,
-              [&](int64_t h) { column_means(maps, h, image, span, row_mean + h * p.kv_len); });
-  }
+void few_rows_statistics(const Problem& p, int64_t b, const bool* image, float* mean, float* lse) {
+  const Span span = image_span(image, p.kv_len);
+  const std::vector<Visibility> rules = visibilities(p, b, 0, p.heads);
+  Maps maps(p, b, 0, p.heads, rules);
+  maps.make(lse, [&](int64_t h) { column_means(maps, h, image, span, mean + h * p.kv_len); });
 }
 
 void few_rows_attend(const Problem& p, int64_t b, const Values& values, int64_t head, const View& output) {

@@ -11,7 +11,8 @@ inline bool takes_few_rows(const Problem& p, bool shared) {
   return p.q_len <= 4 || (p.q_len <= 8 && (shared || p.heads / p.kv_heads <= 2));
 }
 
-Statistics few_rows_statistics;
+// Of batch row b: image (Skv); mean (Hq, Skv), zeros; lse (Hq, Sq) or null.
+void few_rows_statistics(const Problem& p, int64_t b, const bool* image, float* mean, float* lse);
 
 // Of batch row b, with the map of `head`, or each head's own where it is -1.
 void few_rows_attend(const Problem& p, int64_t b, const Values& values, int64_t head, const View& output);

@@ -136,5 +136,14 @@ Visibility visibility(const Problem& p, int64_t b, int64_t h) {
   return v;
 }
 
+// Of heads first_head, ...: one for each where the mask has heads, else one for all.
+std::vector<Visibility> visibilities(const Problem& p, int64_t b, int64_t first_head, int64_t heads) {
+  std::vector<Visibility> rules;
+  for (int64_t h = 0; h < (p.scoring.mask_heads > 1 ? heads : 1); ++h) {
+    rules.push_back(visibility(p, b, first_head + h));
+  }
+  return rules;
+}
+
 }  // namespace
 }  // namespace eah::cpu::CPU_CAPABILITY

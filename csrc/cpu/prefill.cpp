@@ -119,51 +119,41 @@ Buffer<T> packed_keys(const Problem& p, int64_t b, int64_t first_head, int64_t h
   return packed;
 }
 
+// As few_rows_statistics.
 template <typename T>
-void statistics_as(const Problem& p, const bool* image_mask, float* mean, float* lse) {
+void statistics_as(const Problem& p, int64_t b, const bool* image, float* mean, float* lse) {
   const int64_t blocks = (p.q_len + ROWS - 1) / ROWS, chunks = std::min(CHUNKS, blocks);
   const int64_t group = p.heads / p.kv_heads, kv_padded = tiles(p.kv_len) * KEYS;
   const int64_t head_size = kv_padded * padded_dim<T>(p.dim);
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const bool* image = image_mask + b * p.kv_len;
-    float* row_mean = mean + b * p.heads * p.kv_len;
-    std::fill_n(row_mean, p.heads * p.kv_len, 0.f);
-    const Span span = image_span(image, p.kv_len);
-    if (span.first == span.last && !lse) {
-      continue;
-    }
-    std::vector<Visibility> rules;
-    for (int64_t h = 0; h < p.scoring.mask_heads; ++h) {
-      rules.push_back(visibility(p, b, h));
-    }
-    const Buffer<T> keys = packed_keys<T>(p, b, 0, p.kv_heads);
-    const Buffer<float> partial(p.heads * chunks * kv_padded);
-    for_each_item(
-        p.heads * chunks, [&] { return RowBlock<T>(p, 0); },
-        [&](int64_t item, RowBlock<T>& block) {
-          const int64_t h = item / chunks;
-          float* columns = partial.data() + item * kv_padded;
-          std::fill_n(columns, kv_padded, 0.f);
-          for (int64_t n = item % chunks; n < blocks; n += chunks) {
-            const int64_t row0 = n * ROWS, end = std::min(row0 + ROWS, p.q_len);
-            const bool sees_image = span_of(p, row0).first < span.last && span_of(p, end - 1).last > span.first;
-            if (!sees_image && !lse) {
-              continue;
-            }
-            make_weights(block, p, b, h, row0, keys.data() + h / group * head_size,
-                         lse ? lse + (b * p.heads + h) * p.q_len : nullptr);
-            add_columns(block, p, row0, rules[h % p.scoring.mask_heads].counting.data(), span, columns);
+  const Span span = image_span(image, p.kv_len);
+  const std::vector<Visibility> rules = visibilities(p, b, 0, p.heads);
+  const Buffer<T> keys = packed_keys<T>(p, b, 0, p.kv_heads);
+  const Buffer<float> partial(p.heads * chunks * kv_padded);
+  for_each_item(
+      p.heads * chunks, [&] { return RowBlock<T>(p, 0); },
+      [&](int64_t item, RowBlock<T>& block) {
+        const int64_t h = item / chunks;
+        float* columns = partial.data() + item * kv_padded;
+        std::fill_n(columns, kv_padded, 0.f);
+        for (int64_t n = item % chunks; n < blocks; n += chunks) {
+          const int64_t row0 = n * ROWS, end = std::min(row0 + ROWS, p.q_len);
+          const bool sees_image = span_of(p, row0).first < span.last && span_of(p, end - 1).last > span.first;
+          if (!sees_image && !lse) {
+            continue;
           }
-        });
-    for (int64_t h = 0; h < p.heads; ++h) {
-      const auto& seen_by = rules[h % p.scoring.mask_heads].seen_by;
-      for (int64_t j = span.first; j < span.last; ++j) {
-        float sum = 0;
-        for (int64_t c = 0; c < chunks; ++c) {
-          sum += partial.data()[(h * chunks + c) * kv_padded + j];
+          make_weights(block, p, b, h, row0, keys.data() + h / group * head_size,
+                       lse ? lse + h * p.q_len : nullptr);
+          add_columns(block, p, row0, rules[h % p.scoring.mask_heads].counting.data(), span, columns);
         }
-        row_mean[h * p.kv_len + j] = image[j] && seen_by[j] > 0 ? sum / static_cast<float>(seen_by[j]) : 0.f;
+      });
+  for (int64_t h = 0; h < p.heads; ++h) {
+    const auto& seen_by = rules[h % p.scoring.mask_heads].seen_by;
+    for (int64_t j = span.first; j < span.last; ++j) {
+      float sum = 0;
+      for (int64_t c = 0; c < chunks; ++c) {
+        sum += partial.data()[(h * chunks + c) * kv_padded + j];
       }
+      mean[h * p.kv_len + j] = image[j] && seen_by[j] > 0 ? sum / static_cast<float>(seen_by[j]) : 0.f;
     }
   }
 }
@@ -216,10 +206,7 @@ void attend_as(const Problem& p, int64_t b, const Values& values, int64_t head, 
   // Ordinary attention under a mask per head sees other keys in each head: each gets its own values.
   const bool per_head = !shared && p.scoring.mask_heads > 1;
   const int64_t value_heads = per_head ? p.heads : p.kv_heads;
-  std::vector<Visibility> rules;
-  for (int64_t h = 0; h < (per_head ? p.heads : 1); ++h) {
-    rules.push_back(visibility(p, b, shared ? head : h));
-  }
+  const std::vector<Visibility> rules = visibilities(p, b, shared ? head : 0, shared ? 1 : p.heads);
   const Buffer<T> keys = shared ? packed_keys<T>(p, b, head / group, 1) : packed_keys<T>(p, b, 0, p.kv_heads);
   const Buffer<T> packed(value_heads * value_size);
   for_each_item(
@@ -266,12 +253,22 @@ bool multiplies_bfloat16(Dtype dtype) {
 
 }  // namespace
 
-void statistics(const Problem& p, const bool* image, float* mean, float* lse) {
-  if (takes_few_rows(p, false)) {
-    return few_rows_statistics(p, image, mean, lse);
+void statistics(const Problem& p, const bool* image_mask, float* mean, float* lse) {
+  std::fill_n(mean, p.batch * p.heads * p.kv_len, 0.f);
+  for (int64_t b = 0; b < p.batch; ++b, mean += p.heads * p.kv_len) {
+    const bool *image = image_mask + b * p.kv_len, *end = image + p.kv_len;
+    if (!lse && std::find(image, end, true) == end) {
+      continue;
+    }
+    float* row_lse = lse ? lse + b * p.heads * p.q_len : nullptr;
+    if (takes_few_rows(p, false)) {
+      few_rows_statistics(p, b, image, mean, row_lse);
+    } else if (multiplies_bfloat16(p.dtype)) {
+      statistics_as<BFloat16>(p, b, image, mean, row_lse);
+    } else {
+      statistics_as<float>(p, b, image, mean, row_lse);
+    }
   }
-  multiplies_bfloat16(p.dtype) ? statistics_as<BFloat16>(p, image, mean, lse)
-                               : statistics_as<float>(p, image, mean, lse);
 }
 
 void attend(const Problem& p, const Values& values, const int32_t* head, const View& output) {
