@@ -8,7 +8,6 @@ projections of LLaVA-1.5-7B and attention, with an MLP of 16 features.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
@@ -17,7 +16,7 @@ from transformers import AttentionInterface
 
 import eah
 
-from .second_turn import HEADS, IMAGE_TOKEN, LAYER, timed, wide_llava
+from .second_turn import HEADS, IMAGE_TOKEN, LAYER, asked_model, timed
 
 CACHED, STEPS = 2000, 10
 MODES = ("off", "hold", "track")
@@ -48,15 +47,7 @@ def steps(model, attention, mode: str) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--kv-heads", type=int, default=HEADS)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    model = wide_llava(asked.kv_heads, getattr(torch, asked.dtype))
-    eah.enable(model).disable()  # makes its attention function known
+    asked, model = asked_model(__doc__, rounds=5)
     attention = AttentionInterface()["eah"]
     times = {mode: ([], []) for mode in MODES}
     for _ in range(asked.rounds):

@@ -55,19 +55,25 @@ def two_turns(model, first, second) -> None:
     model.model(input_ids=second, past_key_values=cache)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=6)
+def asked_model(about: str, rounds: int):
+    """What the command line asks for, and the model of that form; EAH's attention function is then known."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--kv-heads", type=int, default=HEADS)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     model = wide_llava(asked.kv_heads, getattr(torch, asked.dtype))
+    eah.enable(model).disable()
+    return asked, model
+
+
+def main() -> None:
+    asked, model = asked_model(__doc__, rounds=6)
     first, second = torch.randint(6, 60, (1, CACHED)), torch.randint(6, 60, (1, NEW))
     first[:, 35:611] = IMAGE_TOKEN
     names = AttentionInterface()
-    eah.enable(model).disable()  # makes its attention function known
     attention = {"SDPA": names["sdpa"], "EAH": names["eah"]}
     times: dict[str, list[float]] = {"SDPA": [], "EAH": []}
     for number in range(asked.rounds + 1):  # the first warms up
