@@ -24,6 +24,7 @@ from eah_kernels.triton.hopper.ring import (
 )
 from eah_kernels.triton.launch import Launch, Problem, cdiv, view_lines
 from eah_kernels.triton.loads import at, head_of
+from eah_kernels.triton.sinks import comes_last
 from eah_kernels.triton.tiles import FastTile
 
 GROUPS: gl.constexpr = gl.constexpr(3)
@@ -33,8 +34,7 @@ GROUPS: gl.constexpr = gl.constexpr(3)
 def choose_head(b, batch, heads, tally, choice):
     """As in ../sinks.py: every program of batch row b comes here once, after its sinks; the last one chooses."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    came_before = gl.atomic_add(tally.progress + 2 * b, 1, sem="acq_rel")
-    if came_before == gl.num_programs(0) // batch - 1:
+    if comes_last(tally.progress + 2 * b, gl.num_programs(0) // batch):
         most, head = -1, -1
         for start in range(0, heads, 128):
             h = start + gl.arange(0, 128, LAYOUT)
