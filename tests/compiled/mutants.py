@@ -31,7 +31,7 @@ import numpy as np
 
 from .emulator import CAME, GUARD_FALSE, GUARD_TRUE, SENSITIVE, TOOK_FIRST, TOOK_SECOND, Executable
 from .lowering import Program
-from .nothing import BARRIERS, always, either_way, guards, redundant, uses
+from .nothing import BARRIERS, Flow, always, either_way, guards, redundant, uses
 from .problems import SEEDS, Replay, by_build, cuda_launches, launches
 from .ptx import Kernel, Statement
 
@@ -50,10 +50,10 @@ class Mutant(NamedTuple):
 
 
 def mutants_of(kernel: Kernel) -> Iterator[Mutant]:
-    guarding, used, true = guards(kernel), uses(kernel), always(kernel)
+    guarding, used, true, flow = guards(kernel), uses(kernel), always(kernel), Flow(kernel)
     for at, statement in enumerate(kernel.statements):
         for operator, other, feels in changes(statement):
-            if operator in ("barrier", "proxy fence", "wgmma fence", "wgmma wait") and redundant(kernel, at):
+            if operator in ("barrier", "proxy fence", "wgmma fence", "wgmma wait") and redundant(flow, at):
                 continue
             if operator == "bound":
                 if either_way(statement, used[statement.operands[0]]):

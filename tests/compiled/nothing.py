@@ -49,7 +49,38 @@ def always(kernel: Kernel) -> set[str]:
     return {register for register, ways in written.items() if ways == {("mov.pred", "-1", "")}}
 
 
-def redundant(kernel: Kernel, at: int) -> bool:
+class Flow:
+    """A kernel's statements and which of them may come next: from each on (step 1) and back (-1)."""
+
+    def __init__(self, kernel: Kernel):
+        self.statements = statements = kernel.statements
+        self.next: dict[int, dict[int, list[int]]] = {1: defaultdict(list), -1: defaultdict(list)}
+        labels = {s.opcode[:-1]: i for i, s in enumerate(statements) if s.opcode.endswith(":")}
+        for i, s in enumerate(statements):
+            targets = [labels[s.operands[0]]] if s.opcode.startswith("bra") else []
+            if s.guard or s.opcode not in ("bra", "bra.uni", "ret", "exit"):
+                targets.append(i + 1)
+            for target in targets:
+                self.next[1][i].append(target)
+                self.next[-1][target].append(i)
+
+    def first(self, at: int, step: int, good: Callable, bad: Callable) -> bool:
+        """Whether every path from a statement meets a good statement before a bad one."""
+        following = self.next[step]
+        todo, seen = list(following[at]), set()
+        while todo:
+            i = todo.pop()
+            if i in seen or i >= len(self.statements):
+                continue
+            seen.add(i)
+            if bad(self.statements[i]):
+                return False
+            if not good(self.statements[i]):
+                todo += following[i]
+        return True
+
+
+def redundant(flow: Flow, at: int) -> bool:
     """Whether a barrier, or a fence or a wait at wgmma, does nothing.
 
     A barrier: no access to memory lies between it and the next one, or between the one before and it, or on both sides
@@ -58,19 +89,19 @@ def redundant(kernel: Kernel, at: int) -> bool:
     another one. A wgmma fence: the next product adds to what the last one wrote, and nobody touched it in between. A
     wait: on every path another one lies before anything but a wgmma touches what the products under way write.
     """
-    statements = kernel.statements
+    statements = flow.statements
     opcode = statements[at].opcode
     if opcode.startswith(BARRIERS):
         barrier, access = _opcodes(*BARRIERS), _opcodes(*ACCESSES)
         other = _opcodes(*(a for a in ACCESSES if a not in ("ld.global", "cp.async")))
         sides = (1, -1)
-        return any(_first(kernel, at, side, barrier, access) for side in sides) or all(
-            _first(kernel, at, side, barrier, other) for side in sides
+        return any(flow.first(at, side, barrier, access) for side in sides) or all(
+            flow.first(at, side, barrier, other) for side in sides
         )
     if opcode.startswith("fence.proxy"):
         fence = _opcodes("fence.proxy")
         written = _opcodes("st.shared", "stmatrix", "cp.async.c", "cp.async.wait")
-        return _first(kernel, at, 1, fence, _opcodes("wgmma.mma")) or _first(kernel, at, -1, fence, written)
+        return flow.first(at, 1, fence, _opcodes("wgmma.mma")) or flow.first(at, -1, fence, written)
     results: set[str] = set()
 
     def product(statement: Statement) -> bool:
@@ -90,8 +121,8 @@ def redundant(kernel: Kernel, at: int) -> bool:
         product(after)
         same = before.operands[0] == after.operands[0]
         return same and not any(touched(s) for s in statements[statements.index(before) : at])
-    _first(kernel, at, -1, _opcodes("wgmma.wait"), product)
-    return _first(kernel, at, 1, _opcodes("wgmma.wait"), touched)
+    flow.first(at, -1, _opcodes("wgmma.wait"), product)
+    return flow.first(at, 1, _opcodes("wgmma.wait"), touched)
 
 
 def _registers(operand: str) -> list[str]:
@@ -100,27 +131,3 @@ def _registers(operand: str) -> list[str]:
 
 def _opcodes(*starts: str) -> Callable[[Statement], bool]:
     return lambda statement: statement.opcode.startswith(starts)
-
-
-def _first(kernel: Kernel, at: int, step: int, good: Callable, bad: Callable) -> bool:
-    """Whether every path from a statement on (step 1) or back (-1) meets a good statement before a bad one."""
-    statements = kernel.statements
-    following: dict[int, list[int]] = defaultdict(list)
-    labels = {s.opcode[:-1]: i for i, s in enumerate(statements) if s.opcode.endswith(":")}
-    for i, s in enumerate(statements):
-        targets = [labels[s.operands[0]]] if s.opcode.startswith("bra") else []
-        if s.guard or s.opcode not in ("bra", "bra.uni", "ret", "exit"):
-            targets.append(i + 1)
-        for target in targets:
-            following[i if step == 1 else target].append(target if step == 1 else i)
-    todo, seen = list(following[at]), set()
-    while todo:
-        i = todo.pop()
-        if i in seen or i >= len(statements):
-            continue
-        seen.add(i)
-        if bad(statements[i]):
-            return False
-        if not good(statements[i]):
-            todo += following[i]
-    return True
