@@ -53,6 +53,7 @@ class Benchmark(Protocol):
 
     def official(self, sums: Mapping[str, float]) -> dict | None:
         """What the official script prints, where that is something else."""
+        return None
 
     def where(self, part: str) -> str:
         """What holds a part's items, for messages."""

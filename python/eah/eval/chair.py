@@ -149,9 +149,6 @@ class Chair(Benchmark):
             "length": ratio(sums["length"], sums["captions"]),
         }
 
-    def official(self, sums) -> None:
-        return None
-
     def where(self, part: str) -> str:
         return f"{self.folder}"
 

@@ -51,9 +51,6 @@ class Mmhal(Benchmark):
             **{f"rating_{kind}": ratio(sums[f"rating_{kind}"], sums[f"n_{kind}"]) for kind in range(KINDS)},
         }
 
-    def official(self, sums) -> None:
-        return None
-
     def where(self, part: str) -> str:
         return "the response template"
 

@@ -46,9 +46,6 @@ class Pope(Benchmark):
             "yes_ratio": ratio(sums["said_yes"], sums["n"]),
         }
 
-    def official(self, sums) -> None:
-        return None
-
     def where(self, part: str) -> str:
         return f"part {part}"
 
