@@ -7,6 +7,7 @@ import random
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from itertools import count
 from types import SimpleNamespace
 from unittest import mock
 
@@ -48,12 +49,13 @@ class Gpu:
     """A GPU that is not there; `builds` were asked for and `launched` would have run."""
 
     stream = 0
+    numbers = count(1000)  # Triton keeps builds by device: no two of these are the same one
 
     def __init__(self):
-        self.builds, self.launched = Counter(), []
+        self.builds, self.launched, self.number = Counter(), [], next(self.numbers)
 
     def get_current_device(self):
-        return id(self)
+        return self.number
 
     def get_current_stream(self, device):
         return self.stream
