@@ -3,7 +3,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo eval-demo test compiled seam wheels fuzz sanitize lint resources bench bench-device clean
+.PHONY: demo eval-demo test-lmms test compiled seam wheels fuzz sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
@@ -11,6 +11,14 @@ demo: $(INSTALLED)
 # `eah eval` from end to end on a small model, which is trained on the spot and kept in build/eval-demo.
 eval-demo: $(INSTALLED)
 	$(VENV)/bin/python -W ignore -m tests.eval.demo
+
+# Our model in lmms-eval itself, which is laid over the environment; what it runs on is made on the spot.
+test-lmms: $(VENV)/lmms-eval/installed
+	PYTHONPATH=$(abspath $(VENV)/lmms-eval) $(VENV)/bin/python -W ignore -m tests.eval.lmms
+$(VENV)/lmms-eval/installed: tests/eval/lmms-eval.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(VENV)/bin/python -m pip install -q --no-deps --target $(@D) -r $<
+	touch $@
 
 # In as many processes as there are cores; without pytest-xdist, `python -m pytest` runs the same in one.
 PARALLEL := -n logical --maxprocesses 8 --dist loadgroup

@@ -26,8 +26,8 @@ NOISES = (0, 30)  # standard deviation, of 255
 THRESHOLDS = ("0.002", "0.01", "0.02", "0.03", "0.05")
 SHOWN = {"pope": ("accuracy", "f1", "yes_ratio"), "chair": ("chair_s", "chair_i", "recall", "length")}
 SAYING = (
-    "This shows the pipeline, not the method: the model has 0.8 million parameters and sees glyphs on a grey ground.\n"
-    "What EAH does to its answers says nothing on what it does to those of a vision-language model."
+    "This shows the pipeline, not the method: what EAH does to a model of 0.8 million parameters that sees glyphs on a "
+    "grey ground says nothing on what it does to a vision-language model."
 )
 
 
@@ -45,10 +45,9 @@ def main() -> None:
     for (bench, noise), result in results.items():
         print(f"\n{bench}, noise {noise}: {IMAGES} pictures; in brackets the 95 % interval of the difference from base")
         print(table(bench, result))
-    print(
-        f"\n{SAYING}\n\nresult.json, result.md, answers and plots: {BUILD}/*; {time.monotonic() - begin:.0f} s in all"
-    )
+    print(f"\nresult.json, result.md, answers and plots: {BUILD}/*; {time.monotonic() - begin:.0f} s in all")
     check(results)
+    print(SAYING)
 
 
 def evaluate(bench: str, model: Path, data: Path, out: Path) -> dict:
