@@ -21,6 +21,7 @@ from eah_kernels.by_row import HeadsByRow, heads_by_row
 from eah_kernels.checks import MAX_HEAD_DIM
 from eah_kernels.masks import Scoring, shows
 from eah_kernels.native import native_parts
+from eah_kernels.varlen import eah_attention_varlen
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +31,7 @@ __all__ = [
     "Scoring",
     "SinkStatistics",
     "eah_attention",
+    "eah_attention_varlen",
     "gluon_kernels",
     "heads_by_row",
     "native_parts",

@@ -114,16 +114,31 @@ def eah_attention(
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         counts = query.new_zeros(query.shape[:2], dtype=torch.int32)
         return EAHResult(empty_output(query, value).zero_(), counts.new_full(query.shape[:1], -1), counts)
-    arguments = query, key, value, image_mask, threshold, min_density
     with exact(query):
-        if backend == "reference":
-            return EAHResult(*reference.eah_attention(*arguments, scoring, reference_dtype(query), number))
-        if number is None:
-            return EAHResult(*ops.eah_attention(*arguments, *scoring, backend))
-        sink_counts, _, _ = ops.sink_statistics(query, key, image_mask, threshold, False, *scoring, backend)
-        head = selection.select_head(sink_counts, image_mask, min_density)
-        receives = selection.receiving_heads(sink_counts, head, number)
-        return EAHResult(_lend(query, key, value, head, receives, scoring, backend), head, sink_counts)
+        return enhanced(query, key, value, image_mask, threshold, min_density, number, scoring, backend)
+
+
+def enhanced(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    image_mask: Tensor,
+    threshold: float,
+    min_density: float,
+    number: int | None,
+    scoring: Scoring,
+    backend: str,
+) -> EAHResult:
+    """`eah_attention` of arguments that were checked and are not empty. number: of the receiving heads; None = all."""
+    arguments = query, key, value, image_mask, threshold, min_density
+    if backend == "reference":
+        return EAHResult(*reference.eah_attention(*arguments, scoring, reference_dtype(query), number))
+    if number is None:
+        return EAHResult(*ops.eah_attention(*arguments, *scoring, backend))
+    sink_counts, _, _ = ops.sink_statistics(query, key, image_mask, threshold, False, *scoring, backend)
+    head = selection.select_head(sink_counts, image_mask, min_density)
+    receives = selection.receiving_heads(sink_counts, head, number)
+    return EAHResult(_lend(query, key, value, head, receives, scoring, backend), head, sink_counts)
 
 
 def sink_statistics(

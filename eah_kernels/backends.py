@@ -20,7 +20,7 @@ from eah_kernels.native import cpu, cuda
 class Call(NamedTuple):
     """What is asked of a backend: one of its functions, and on what. Of the tensors no value is read."""
 
-    function: str  # "eah_attention", "sink_statistics" or "shared_map_attention"
+    function: str  # "eah_attention", "eah_attention_varlen", "sink_statistics" or "shared_map_attention"
     query: Tensor
     key: Tensor
     value: Tensor | None  # None: "sink_statistics"

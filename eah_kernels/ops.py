@@ -21,7 +21,7 @@ SCORING = "Tensor? attention_mask, bool causal, float scale, int? sliding_window
 
 
 @cache
-def _backend(name: str) -> ModuleType:
+def backend_module(name: str) -> ModuleType:
     module = ROWS[name].module
     assert module is not None, f"{name} is called without an op"
     return import_module(module)
@@ -35,7 +35,8 @@ def _backend(name: str) -> ModuleType:
 )
 def eah_attention(query, key, value, image_mask, threshold, min_density, *scoring_backend):
     *scoring, backend = scoring_backend
-    return _backend(backend).eah_attention(query, key, value, image_mask, threshold, min_density, Scoring(*scoring))
+    arguments = query, key, value, image_mask, threshold, min_density
+    return backend_module(backend).eah_attention(*arguments, Scoring(*scoring))
 
 
 @eah_attention.register_fake
@@ -54,7 +55,8 @@ def _(query, key, value, image_mask, *_):
 def sink_statistics(query, key, image_mask, threshold, return_column_mean, *scoring_backend):
     """Without `return_column_mean`, column_mean is (0,)."""
     *scoring, backend = scoring_backend
-    return _backend(backend).sink_statistics(query, key, image_mask, threshold, return_column_mean, Scoring(*scoring))
+    arguments = query, key, image_mask, threshold, return_column_mean
+    return backend_module(backend).sink_statistics(*arguments, Scoring(*scoring))
 
 
 @sink_statistics.register_fake
@@ -76,7 +78,7 @@ def _(query, key, image_mask, threshold, return_column_mean, *_):
 def shared_map_attention(query, key, value, head, *scoring_backend):
     """head is (B,) or (B, Sq)."""
     *scoring, backend = scoring_backend
-    attend = _backend(backend).shared_map_attention
+    attend = backend_module(backend).shared_map_attention
     if head.dim() == 2:
         return _by_row(attend, query, key, value, head, Scoring(*scoring))
     return attend(query, key, value, head, Scoring(*scoring))
@@ -113,7 +115,7 @@ def _by_row(attend, query, key, value, head, scoring: Scoring) -> Tensor:
 def heads_by_row(query, key, image_mask, column_sum, seeing, threshold, min_density, *scoring_backend):
     *scoring, backend = scoring_backend
     arguments = query, key, image_mask, column_sum, seeing, threshold, min_density
-    return _backend(backend).heads_by_row(*arguments, Scoring(*scoring))
+    return backend_module(backend).heads_by_row(*arguments, Scoring(*scoring))
 
 
 @heads_by_row.register_fake
@@ -125,11 +127,14 @@ def _(query, key, image_mask, column_sum, seeing, threshold, min_density, *scori
     return counts.new_empty(batch, q_len), counts, torch.empty_like(column_sum), seeing
 
 
+REFUSED_GRAD = (
+    "eah_kernels: the torch, triton and native backends are for inference and query, key, value or attention_mask "
+    'requires grad: use backend="reference", or call under torch.no_grad()'
+)
+
+
 def _refuse_grad(ctx, inputs, output):
-    raise RuntimeError(
-        "eah_kernels: the torch, triton and native backends are for inference and query, key, value or attention_mask "
-        'requires grad: use backend="reference", or call under torch.no_grad()'
-    )
+    raise RuntimeError(REFUSED_GRAD)
 
 
 def _no_backward(ctx, *grads):

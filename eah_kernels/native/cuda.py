@@ -48,6 +48,8 @@ def _load() -> str | None:
 
 def why_not_these(function: str, query: Tensor, key: Tensor, value: Tensor | None, scoring: Scoring) -> str | None:
     """Why the kernels do not take a call of one of the functions below, or None. When it runs, addresses count too."""
+    if function == "eah_attention_varlen":
+        return 'on a CUDA device it takes no packed sequences; backends "triton" and "torch" do'
     if value is None or function == "sink_statistics":
         return (
             "on a CUDA device it has no statistics of their own; accepted are eah_attention with "
