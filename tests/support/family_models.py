@@ -12,19 +12,21 @@ from .family_rows import FAMILIES
 from .tiny_models import TEXT
 
 
-def build(family: str, attn: str | None = None, **changes):
-    """The model, its heads peaked and unlike each other. `changes` are made to the row's text config."""
+def build(family: str, attn: str | None = None, vision: dict | None = None, top: dict | None = None, **changes):
+    """The model, its heads peaked and unlike each other. `changes` are made to the row's text config, `vision` to that
+    of its encoder and `top` to the outer one.
+    """
     import transformers as hf
 
     row = FAMILIES[family]
     text = {**TEXT, **row.text, **changes}
     sub = dict(text) if row.flat else {"text_config": text}
     if row.vision and row.vision is not TIMM:
-        sub["vision_config"] = dict(row.vision)
+        sub["vision_config"] = {**row.vision, **(vision or {})}
     kind = getattr(hf, row.config)
     known = {*dir(kind), *kind.attribute_map, *inspect.signature(kind).parameters}
     ids = {name: token for name, token in row.ids.items() if name in known}
-    config = kind(**{**sub, **ids, **row.top})
+    config = kind(**{**sub, **ids, **row.top, **(top or {})})
     if row.vision is TIMM:  # the tower is one of timm, which is not installed: another takes its place
         config.__dict__["vision_config"] = hf.SiglipVisionConfig(**TIMM)
     config._attn_implementation = attn or row.attn

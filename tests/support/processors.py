@@ -129,10 +129,16 @@ def tokenizer(special: dict):
     )
 
 
-def image_processor_of(family):
+def image_processor_of(family, **changes):
+    """`changes` are made to the row's settings; `kind` names another image processor."""
     _, image_processor, settings, *_ = PROCESSORS[family]
+    image_processor = changes.pop("kind", image_processor)
+    name = f"{image_processor}ImageProcessor"
     try:
-        images = getattr(transformers, f"{image_processor}ImageProcessorPil")(**settings)
+        kind = (
+            getattr(transformers, f"{name}Pil") if hasattr(transformers, f"{name}Pil") else getattr(transformers, name)
+        )
+        images = kind(**{**settings, **changes})  # transformers 5.3 has one of PIL and one with Fast to its name
     except ImportError:  # Idefics3 and SmolVLM in transformers 5.17
         pytest.skip(f"{image_processor}ImageProcessorPil of transformers {transformers.__version__} needs torchvision")
     if family == "paligemma":
@@ -140,9 +146,11 @@ def image_processor_of(family):
     return images
 
 
-def processor_of(family):
+def processor_of(family, images=None, **changes):
+    """`images` is an image processor in the place of the row's; `changes` are made to the processor's settings."""
     processor, _, _, special, _, more = PROCESSORS[family]
-    return getattr(transformers, f"{processor}Processor")(image_processor_of(family), tokenizer(special), **more)
+    images = image_processor_of(family) if images is None else images
+    return getattr(transformers, f"{processor}Processor")(images, tokenizer(special), **{**more, **changes})
 
 
 def processed(family, pictures, texts):

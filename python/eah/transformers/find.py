@@ -41,14 +41,19 @@ def image_token_ids(model, differs: Differs, video: bool) -> tuple[int, ...]:
     """
     if differs.position_mask:
         return ()
-    configs = [model.config, getattr(model.config, "vision_config", None)]
-    video_token = _first(configs, VIDEO_TOKEN_NAMES)
-    image_token = _first(configs, IMAGE_TOKEN_NAMES)
-    known = [video_token if image_token is None else image_token, video_token if video else None]
-    ids = tuple(dict.fromkeys(token for token in known if token is not None))
+    ids = placeholder_ids(model.config, video)
     if not ids:
         raise UnsupportedModelError(f"{named(model)} has no image token: EAH needs a vision-language model")
     return ids
+
+
+def placeholder_ids(config, video: bool) -> tuple[int, ...]:
+    """As `image_token_ids`, by what the config names; () where it names none."""
+    configs = [config, getattr(config, "vision_config", None)]
+    video_token = _first(configs, VIDEO_TOKEN_NAMES)
+    image_token = _first(configs, IMAGE_TOKEN_NAMES)
+    known = [video_token if image_token is None else image_token, video_token if video else None]
+    return tuple(dict.fromkeys(token for token in known if token is not None))
 
 
 def attention_modules(model, layers: tuple[int, ...], may_move: bool = False) -> list[nn.Module]:

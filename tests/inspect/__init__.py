@@ -1,0 +1,1 @@
+"""What EAH sees, in pictures."""
