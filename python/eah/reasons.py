@@ -34,6 +34,7 @@ class Reason(Enum):
     DROPOUT = "attention dropout is active"
     SOME_HEADS = "the layer computes only some of its heads here, and its weights do not say which (tensor parallel)"
     MASK_PER_HEAD = "each head has a mask of its own, and the heads are spread over processes (tensor parallel)"
+    SPREAD_MAPS = "the heads are spread over processes (tensor parallel): none has the maps of all"
     UNALIGNED = "the layer has other keys than the tokens of this forward"
     MASK_FORM = "the attention mask is of a form that is not known for this attention implementation"
 

@@ -12,7 +12,7 @@ import eah
 from eah.cli.doctor import why_no_enable
 from eah.cli.messages import one_line, progress
 from eah.cli.samples import load_picture
-from eah.transformers.pretrained import device_of, load_pretrained, no_bars_in_files
+from eah.transformers.pretrained import device_of, load_pretrained, no_bars_in_files, prepare
 from eah_kernels import eah_attention
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -113,17 +113,3 @@ def check_model(model_id: str, knobs: dict | None, trust_remote_code: bool) -> N
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
         eah.enable(model, **{**knobs, "backend": "auto"}).disable()  # check_knobs knows the device, and so the backend
-
-
-def prepare(processor, picture, prompt: str):
-    """Model inputs for one picture and a prompt: by the chat template, or, without one, picture first."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    return processor(images=picture, text=f"{processor.image_token}\n{prompt}", return_tensors="pt")

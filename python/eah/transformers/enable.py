@@ -61,15 +61,7 @@ def enable(
         UnsupportedModelError: a model or layer in which EAH cannot act.
         ImportError: transformers is not installed.
     """
-    try:
-        from transformers import PreTrainedModel
-    except ModuleNotFoundError as missing:
-        raise ImportError('eah.enable needs transformers: pip install "transformers>=5.3"') from missing
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}; of a wrapped model pass the "
-            "model itself (PEFT: get_base_model(), torch.compile: _orig_mod, DistributedDataParallel: module)"
-        )
+    check_pretrained(model)
     if enabled_on(model) is not None:
         raise ValueError("model is enabled already: disable() its handle first; eah.Handle.of(model) finds it")
     shared = next((name for name, module in model.named_modules() if hasattr(module, "eah_layer")), None)
@@ -97,6 +89,23 @@ def enable(
     hook = EnabledModel(model, differs, token_ids, swapped, notes)
     hook.attach()
     return Handle(hook)
+
+
+def check_pretrained(model: object) -> None:
+    """
+    Raises:
+        TypeError: model is no `transformers.PreTrainedModel`.
+        ImportError: transformers is not installed.
+    """
+    try:
+        from transformers import PreTrainedModel
+    except ModuleNotFoundError as missing:
+        raise ImportError('eah.enable needs transformers: pip install "transformers>=5.3"') from missing
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}; of a wrapped model pass the "
+            "model itself (PEFT: get_base_model(), torch.compile: _orig_mod, DistributedDataParallel: module)"
+        )
 
 
 DECODE_NOTES = {

@@ -12,6 +12,7 @@ from eah_kernels import MAX_HEAD_DIM
 
 IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
 VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
+NO_MAP = "it has no attention map, or more than one"
 
 
 class UnsupportedModelError(ValueError):
@@ -65,32 +66,38 @@ def attention_modules(model, layers: tuple[int, ...], may_move: bool = False) ->
         ValueError: a layer that the decoder does not have.
         UnsupportedModelError: a layer without exactly one attention map that can be replaced.
     """
-    decoder = model.get_decoder()
+    usable, reasons = modules_with_maps(model)
+    if not usable:
+        why = "".join(f": {reason}" for reason in sorted(set(reasons.values()) - {NO_MAP}))
+        raise UnsupportedModelError(f"no layer of {named(model)} has an attention map that can be replaced{why}")
+    first = min((index for index in usable if index >= 1), default=min(usable))
+    if may_move:
+        layers = tuple(layer if layer in usable else first for layer in layers)
+    count = _layer_count(model)
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise ValueError(f"layers must be within 0..{count - 1} for {named(model)}, got {layer}")
+        if layer not in usable:
+            why = "" if reasons[layer] == NO_MAP else f" ({reasons[layer]})"
+            raise UnsupportedModelError(
+                f"layer {layer} of {named(model)} has no attention map to replace{why}; "
+                f"the first usable layer is {first}"
+            )
+    return [usable[layer] for layer in layers]
+
+
+def modules_with_maps(model) -> tuple[dict[int, nn.Module], dict[int, str]]:
+    """By layer of the text decoder: the self-attention module whose map can be replaced, or why there is none."""
     found: dict[int, list[nn.Module]] = {}
-    for module in decoder.modules():
+    for module in model.get_decoder().modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and hasattr(module, "config") and _calls_attention_interface(type(module)):
             found.setdefault(index, []).append(module)
     single = {index: modules[0] for index, modules in found.items() if len(modules) == 1}
     reasons = {index: why for index, module in single.items() if (why := _why_not_usable(module))}
     usable = {index: module for index, module in single.items() if index not in reasons}
-    if not usable:
-        why = "".join(f": {reason}" for reason in sorted(set(reasons.values())))
-        raise UnsupportedModelError(f"no layer of {named(model)} has an attention map that can be replaced{why}")
-    first = min((index for index in usable if index >= 1), default=min(usable))
-    if may_move:
-        layers = tuple(layer if layer in usable else first for layer in layers)
-    count = decoder.config.get_text_config(decoder=True).num_hidden_layers
-    for layer in layers:
-        if not 0 <= layer < count:
-            raise ValueError(f"layers must be within 0..{count - 1} for {named(model)}, got {layer}")
-        if layer not in usable:
-            why = f" ({reasons[layer]})" if layer in reasons else ""
-            raise UnsupportedModelError(
-                f"layer {layer} of {named(model)} has no attention map to replace{why}; "
-                f"the first usable layer is {first}"
-            )
-    return [usable[layer] for layer in layers]
+    without = {index: NO_MAP for index in range(_layer_count(model)) if index not in single}
+    return dict(sorted(usable.items())), dict(sorted({**reasons, **without}.items()))
 
 
 def query_heads(module: nn.Module) -> int:
@@ -117,6 +124,10 @@ def attention_namespace(cls: Any) -> dict:
 def named(model) -> str:
     """The model's class and family, for messages."""
     return f"{type(model).__name__} (model_type {model.config.model_type!r})"
+
+
+def _layer_count(model) -> int:
+    return model.get_decoder().config.get_text_config(decoder=True).num_hidden_layers
 
 
 def _first(configs, names: tuple[str, ...]) -> int | None:

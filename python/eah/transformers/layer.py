@@ -22,7 +22,7 @@ from eah.report import Acted, Record, StoodAside
 from eah.transformers import cache
 from eah.transformers.find import query_heads
 from eah.transformers.forward import CACHE, MAPS, Forward
-from eah.transformers.plan import plan_of
+from eah.transformers.plan import Plan, plan_of
 from eah.transformers.prompt import cache_in
 
 NAME = "eah"
@@ -38,7 +38,7 @@ def attention_forward(module, query, key, value, attention_mask, **kwargs) -> tu
     if layer is None:
         raise RuntimeError('the attention implementation "eah" is set by eah.enable(model), not by name')
     forward = Forward.of(layer, query, key, value, attention_mask, kwargs)
-    done = plan_of(layer, forward).run(layer, forward)
+    done = layer.plan(forward).run(layer, forward)
     if done.carried is not None:
         cache.carry(forward.kept, done.carried)
     if done.record is not None:
@@ -103,6 +103,10 @@ class SwappedLayer:
     @property
     def attached(self) -> bool:
         return getattr(self.module, "eah_layer", None) is self
+
+    def plan(self, forward: Forward) -> Plan:
+        """What becomes of a forward. `observe.py` puts an object in its place."""
+        return plan_of(self, forward)
 
     def remember(self, record: Record, instead_of: Record | None) -> None:
         """instead_of: what the last prefill left behind, to which a forward on a cache adds; None of a new prefill."""

@@ -43,7 +43,7 @@ CHANGED_BY = {  # arguments that make the attention something else than a map of
 }
 
 
-def plan_of(layer: SwappedLayer, forward: Forward) -> Own | Choose | Hold | Track:
+def plan_of(layer: SwappedLayer, forward: Forward) -> Plan:
     """The first reason to leave a forward to the layer's own attention, or else what is done instead."""
     mode, prompt, kept = layer.settings.decode, forward.prompt, forward.kept
     spread = forward.query.shape[1] != layer.heads  # the layer has more heads than this process computes
@@ -250,3 +250,6 @@ class Track(NamedTuple):
         if isinstance(last, Acted) and last.complete is not kept.complete:
             record = last._replace(complete=kept.complete)
         return Done(*self.through.output(layer, forward, self.call, choice), record, carried, last)
+
+
+Plan = Own | Choose | Hold | Track

@@ -1,0 +1,45 @@
+"""The numbers of a look as plain data, for inspect.json and the page."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from eah.inspect.look import LayerLook, Look
+
+
+def numbers(look: Look) -> dict:
+    """Everything but the pictures. The same look gives the same numbers; a float is the shortest that reads back as the
+    float32 it was.
+    """
+    return {
+        "prompt": look.prompt,
+        "threshold": look.threshold,
+        "tokens": look.tokens,
+        "image_tokens": list(look.positions),
+        "layers": [layer_numbers(layer, look.threshold) for layer in look.layers],
+        "without_map": {str(layer): why for layer, why in sorted(look.without_map.items())},
+    }
+
+
+def layer_numbers(layer: LayerLook, threshold: float) -> dict:
+    counts, tokens = layer.counts(threshold).tolist(), layer.column_mean.shape[1]
+    head, (_, runner_up, sparsest) = layer.head(threshold), layer.shown(threshold)
+    most, level = max(counts), layer.uniform[layer.uniform > 0]  # elsewhere no row counts
+    return {
+        "layer": layer.layer,
+        "head": head,
+        "runner_up": runner_up,
+        "sparsest": sparsest,
+        "sinks": counts,
+        "density": [count / tokens for count in counts],
+        "tied": head is not None and counts.count(most) > 1,
+        "saturated": head is not None and most == tokens,
+        "uniform_level": level.double().mean().item() if len(level) else 0.0,
+        "uniform_share": (level > threshold).double().mean().item() if len(level) else 0.0,
+        "uniform": _short(layer.uniform),
+        "column_mean": [_short(row) for row in layer.column_mean],
+    }
+
+
+def _short(values: Tensor) -> list[float]:
+    return [float(f"{value:.9g}") for value in values.tolist()]

@@ -1,0 +1,56 @@
+"""`look`, from a picture and a prompt to numbers."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+from eah.inspect import look
+from eah.inspect.numbers import numbers
+
+from ..support.processors import processor_of
+from ..support.tiny_models import build
+
+
+def picture(width=12, height=12):
+    generator = torch.Generator().manual_seed(3)
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def test_the_same_input_gives_the_same_numbers_and_they_hold_each_column_mean_exactly():
+    model, processor = build("llava"), processor_of("llava")
+    first, second = (json.dumps(numbers(look(model, processor, picture(), "abc"))) for _ in range(2))
+    assert first == second
+    seen = look(model, processor, picture(), "abc")
+    for layer, kept in zip(json.loads(first)["layers"], seen.layers, strict=True):
+        assert torch.equal(torch.tensor(layer["column_mean"]), kept.column_mean)
+
+
+def test_an_orientation_in_the_file_is_applied(tmp_path):
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(20, 10).save(path, exif=exif)
+    with Image.open(path) as turned:
+        seen = look(build("llava"), processor_of("llava"), turned, "abc")
+    assert seen.image.size == (10, 20)
+
+
+def test_what_does_not_fit_is_told_in_one_line():
+    model, processor = build("llava"), processor_of("llava")
+    for wrong, error, named in [
+        (dict(image="a.png"), TypeError, "image must be a PIL image"),
+        (dict(prompt=3), TypeError, "prompt must be a str"),
+        (dict(threshold=-1), ValueError, "threshold must be"),
+        (dict(threshold=True), ValueError, "threshold must be"),
+        (dict(model=torch.nn.Linear(1, 1)), TypeError, "PreTrainedModel"),
+    ]:
+        arguments = dict(model=model, processor=processor, image=picture(), prompt="abc") | wrong
+        with pytest.raises(error, match=named) as caught:
+            look(**arguments)
+        assert "\n" not in str(caught.value)
