@@ -15,11 +15,11 @@ import torch
 from transformers import AttentionInterface
 
 import eah
+from eah.transformers.modes import MODES
 
 from .second_turn import HEADS, IMAGE_TOKEN, LAYER, asked_model, timed
 
 CACHED, STEPS = 2000, 10
-MODES = ("off", "hold", "track")
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from eah.eval.benchmark import Item
-from eah.eval.generation import Prompts, answer_batch, generating_by, neutral_config
+from eah.eval.generation import answer_batch, generating_by, neutral_config
 from eah.eval.variants import Variant
+from eah.transformers.inputs import Prompts
 
 from ..support.processors import processor_of
 from ..support.tiny_models import build

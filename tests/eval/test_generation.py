@@ -12,8 +12,9 @@ from PIL import Image
 
 import eah
 from eah.eval.benchmark import Item
-from eah.eval.generation import Prompts, answer_batch, before_eos, check_changes, generating_by, neutral_config
+from eah.eval.generation import answer_batch, before_eos, check_changes, generating_by, neutral_config
 from eah.eval.variants import Variant
+from eah.transformers.inputs import Prompts
 
 from ..support.family_models import build as build_family
 from ..support.processors import PROCESSORS, processor_of
@@ -98,6 +99,8 @@ def test_prompts():
     assert text == "<2>U: <image>q A:"
     ids = Prompts(processor).inputs([text], pictures()[:1])["input_ids"][0].tolist()
     assert ids.count(2) == 1  # begun once
+    with pytest.raises(ValueError, match=r"form must have {} where the question is, got '<image>'"):
+        Prompts(processor, "", "<image>")
     processor.image_token = None
     with pytest.raises(ValueError, match="LlavaProcessor has no image token"):
         Prompts(processor, "", "{}").text("q")

@@ -79,6 +79,8 @@ def test_settings_of_a_task(eah_hf, saved_model):
 
 
 def test_what_is_not_for_it(eah_hf, saved_model):
+    with pytest.raises(ValueError, match=r"prompt_format must have {}"):
+        eah_hf(pretrained=str(saved_model), prompt_format="<image>")
     model = eah_hf(pretrained=str(saved_model), device="cpu")
     with pytest.raises(NotImplementedError, match="log-likelihoods"):
         model.loglikelihood([])

@@ -225,6 +225,14 @@ def test_other_settings_are_refused_by_name_before_the_weights_are_read(saved_mo
     assert answers(finished) == before
 
 
+def test_settings_without_an_answer_bind_nothing(saved_model, tmp_path, capsys):
+    """A prompt without a picture ends in an error of the model; the next try need not go elsewhere."""
+    status, _, err = run(capsys, saved_model, tmp_path / "out", "--prompt-format", "{}")
+    assert status == 1 and "image" in err.splitlines()[-1].lower() and (tmp_path / "out/run.json").exists(), err
+    status, _, err = run(capsys, saved_model, tmp_path / "out", "--prompt-format", "<image>{}")
+    assert status == 0, err
+
+
 def test_more_variants_join_those_that_are_there(saved_model, finished, tmp_path, capsys):
     import shutil
 
@@ -270,6 +278,7 @@ def test_our_answers_can_be_scored_again(saved_model, finished, tmp_path, capsys
         (["--prompt", "x"], "--prompt has no meaning for pope"),
         (["--threshold", "0.002", "0.002"], "eah-l1-t0.002 was asked for twice"),
         (["--threshold", "-1"], "threshold must be"),
+        (["--prompt-format", "<image> A:"], "--prompt-format must have {} where the question is, got '<image> A:'"),
         (["--layers", "9"], "layers must be within 0..2"),
         (["--backend", "fast"], "backend must be"),
         (["--seeds", "1", "1"], "--seeds must be distinct"),

@@ -13,6 +13,7 @@ from eah.cli.messages import one_line
 from eah.cli.models import models_table, models_text
 from eah.eval.command import add_eval
 from eah.transformers.families import family_table
+from eah.transformers.modes import MODES
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
 
@@ -99,10 +100,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    from eah_kernels import BACKENDS  # first: it holds back what torch says of a missing numpy
-
-    # isort: split
-    from eah.transformers.cache import MODES
+    from eah_kernels import BACKENDS
 
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID", help="a model folder, or an id on the hub")

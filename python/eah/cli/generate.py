@@ -12,7 +12,8 @@ import eah
 from eah.cli.doctor import why_no_enable
 from eah.cli.messages import one_line, progress
 from eah.cli.samples import load_picture
-from eah.transformers.pretrained import device_of, load_pretrained, no_bars_in_files, prepare
+from eah.transformers.inputs import prepare
+from eah.transformers.pretrained import device_of, load_pretrained, no_bars_in_files
 from eah_kernels import eah_attention
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from eah.transformers.modes import MODES
+
 NAMES = ("pope", "chair", "amber", "mmhal")
 ANSWERS = re.compile(r"(?P<name>[\w.+-]+)(?::(?P<part>[\w+-]+))?=(?P<path>.+)")
 
@@ -63,7 +65,7 @@ def _add_model(parser) -> None:
     knobs.add_argument("--layers", type=_layers, nargs="+", default=[(1,)], metavar="N[+N...]", help="(default: 1)")
     knobs.add_argument("--threshold", type=float, nargs="+", default=[0.002], metavar="T", help="(default: 0.002)")
     knobs.add_argument("--min-density", type=float, nargs="+", default=[0.0], metavar="D")
-    knobs.add_argument("--decode", nargs="+", default=["off"], choices=("off", "hold", "track"))
+    knobs.add_argument("--decode", nargs="+", default=["off"], choices=MODES)
     knobs.add_argument("--backend", default="auto")
     knobs.add_argument("--no-base", action="store_true", help="without the model as it is")
     how = parser.add_argument_group("generation: greedy, whatever the model's folder says")

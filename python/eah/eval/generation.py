@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 import eah
 from eah.eval.benchmark import Item
 from eah.eval.variants import Variant
+from eah.transformers.inputs import Prompts
 
 SUFFIXES = {
     "none": "",
@@ -67,46 +68,6 @@ def generating_by(model, config) -> Iterator[None]:
     finally:
         for module, own in zip(owners, before, strict=True):
             module.generation_config = own
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """From a question to what the processor is given.
-
-    form: with "<image>" where the picture is and "{}" where the question is; None: the processor's chat template or,
-    without one, the picture first.
-    """
-
-    processor: Any
-    suffix: str = ""
-    form: str | None = None
-
-    def text(self, question: str) -> str:
-        """
-        Raises:
-            ValueError: the processor has neither an image token nor a chat template.
-        """
-        question += self.suffix
-        token = getattr(self.processor, "image_token", None)
-        if self.form is None and getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            chat = [{"role": "user", "content": content}]
-            return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        if not isinstance(token, str):
-            raise ValueError(f"{type(self.processor).__name__} has no image token: it is of no vision-language model")
-        form = "<image>\n{}" if self.form is None else self.form
-        return form.replace("<image>", token).replace("{}", question)
-
-    def inputs(self, texts: list[str], pictures: list) -> Any:
-        """A batch, padded on the left."""
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-        options = {"add_special_tokens": False} if begun else {}
-        images = [[picture] for picture in pictures]
-        return self.processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
 
 
 def answer_batch(

@@ -13,8 +13,9 @@ from itertools import groupby
 from lmms_eval.api.model import lmms
 
 from eah.eval.benchmark import Item
-from eah.eval.generation import Prompts, answer_batch, check_changes, generating_by, neutral_config
+from eah.eval.generation import answer_batch, check_changes, generating_by, neutral_config
 from eah.eval.variants import Variant
+from eah.transformers.inputs import Prompts, check_form
 from eah.transformers.pretrained import device_of, load_pretrained
 
 IMAGE = "<image>"
@@ -49,6 +50,7 @@ class EahHf(lmms):
         max_batch_size: int | None = None,  # lmms-eval hands it to every model
     ):
         super().__init__()
+        check_form(prompt_format, "prompt_format")
         processor, self._model = load_pretrained(pretrained, dtype, device_of(device), trust_remote_code)
         self._prompts = Prompts(processor, form=prompt_format)
         numbers = tuple(int(number) for number in str(layers).split("+"))

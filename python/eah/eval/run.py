@@ -11,9 +11,10 @@ from pathlib import Path
 import eah
 from eah.eval.benchmark import Answer, Item
 from eah.eval.files import read_json
-from eah.eval.generation import Prompts, answer_batch, generating_by, seed_batch
+from eah.eval.generation import answer_batch, generating_by, seed_batch
 from eah.eval.journal import Journal
 from eah.eval.variants import BASE, Variant
+from eah.transformers.inputs import Prompts
 
 VERSIONS = ("eah-kernels", "torch", "transformers", "triton", "numpy", "pillow", "nltk", "spacy")
 NOT_COMPARED = ("images", "device_name", "versions.nltk", "versions.spacy")  # another machine, and what scores
@@ -44,7 +45,8 @@ def tasks(variants: Mapping[str, Variant], base: bool, parts: Mapping[str, list[
 def check_settings(out: Path, settings: dict) -> None:
     """Refuses a folder that holds answers made with other settings, naming them; the settings may be some of them."""
     path = out / "run.json"
-    if not path.exists():
+    answered = any(file.stat().st_size for file in (out / "answers").glob("*.jsonl"))
+    if not answered or not path.exists():
         return
     before = read_json(path)
     was, now = _flat({name: before.get(name) for name in settings}), _flat(settings)

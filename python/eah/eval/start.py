@@ -8,12 +8,13 @@ import torch
 
 from eah.eval.command import finish, selected
 from eah.eval.files import sha256, write_json
-from eah.eval.generation import SUFFIXES, Prompts, check_changes, neutral_config
+from eah.eval.generation import SUFFIXES, check_changes, neutral_config
 from eah.eval.journal import alone_in
 from eah.eval.mmhal import Mmhal
 from eah.eval.run import answer, check_pictures, check_settings, check_variants, tasks, versions
 from eah.eval.subsets import with_files
 from eah.eval.variants import product
+from eah.transformers.inputs import Prompts, check_form
 from eah.transformers.pretrained import device_of, load_pretrained
 
 
@@ -23,6 +24,7 @@ def start(benchmark, scoring: dict, arguments) -> int:
         raise ValueError(f"--model must be a folder, and there is none {arguments.model}; nothing is downloaded")
     changes = dict(arguments.generation)
     check_changes(changes)
+    check_form(arguments.prompt_format, "--prompt-format")
     variants = product(
         arguments.layers, arguments.threshold, arguments.min_density, arguments.decode, arguments.backend
     )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eah.inspect.maps import averaged_map
 from eah.transformers.enable import check_pretrained
+from eah.transformers.inputs import prepare
 from eah.transformers.observe import Seen, observed
-from eah.transformers.pretrained import prepare
 from eah.uniform import sight_of, uniform_means
 from eah_kernels import select_head, sink_statistics
 

@@ -19,7 +19,6 @@ from eah.method import Call, Choice, Knobs, column_mean, receivers
 from eah.reasons import Filled, Reason, Why
 from eah_kernels import Scoring, heads_by_row, seeing_rows, select_head
 
-MODES = ("off", "hold", "track")
 TAKEN_BACK = 32  # rows of the last forward that can leave the sums again: more than are drafted by default
 CROPPED = Filled(Reason.CROPPED, (TAKEN_BACK,))
 UNSEEN = -1e30  # a visible key whose exponential is 0

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from eah.method import DEFAULT_LAYERS, DefaultLayers, Knobs, checked_layers
-from eah.transformers.cache import MODES
 from eah.transformers.enabled import EnabledModel, enabled_on
 from eah.transformers.families import Differs, Works
 from eah.transformers.find import attention_modules, family_of, head_dims, image_token_ids, named, query_heads
 from eah.transformers.handle import Handle
 from eah.transformers.layer import History, Settings, SwappedLayer, Warned, register
+from eah.transformers.modes import MODES, NOTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,17 +108,10 @@ def check_pretrained(model: object) -> None:
         )
 
 
-DECODE_NOTES = {
-    "off": (),
-    "hold": ("the head chosen at prefill keeps lending its map to later tokens",),
-    "track": ("the table is of the prefill; each later token takes part in the statistics and has a head chosen anew",),
-}
-
-
 def _notes(model, family: Works | None, asked: tuple, used: tuple, decode: str) -> tuple[str, ...]:
     import transformers
 
-    notes = list(DECODE_NOTES[decode])
+    notes = list(NOTES[decode])
     if family is None:
         notes.append(f"{named(model)} is of no family that was tested (eah models): the general rule was applied")
     if used != asked:

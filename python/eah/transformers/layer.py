@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     """What `eah.enable` was told, the same for every swapped layer."""
 
     knobs: Knobs
-    decode: str  # of cache.MODES
+    decode: str  # of modes.MODES
     tested: bool  # the model is of a known family
 
 

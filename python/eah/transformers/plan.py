@@ -194,7 +194,7 @@ def _aside(why: Why, last: Record | None) -> Record | None:
 
 
 class Choose(NamedTuple):
-    """A whole prompt: a head is chosen and lends its map. keeps: what later steps need of it, of `cache.MODES`."""
+    """A whole prompt: a head is chosen and lends its map. keeps: what later steps need of it, of `modes.MODES`."""
 
     call: Call
     through: Fused | Base

@@ -50,17 +50,3 @@ def load_pretrained(source: str, dtype: str, device: torch.device, trust_remote_
     except SafetensorError as error:
         raise ValueError(f"the weights of {source} cannot be read: {error}") from error
     return processor, model.to(device).eval()
-
-
-def prepare(processor, picture, prompt: str):
-    """Model inputs for one picture and a prompt: by the chat template, or, without one, picture first."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    return processor(images=picture, text=f"{processor.image_token}\n{prompt}", return_tensors="pt")
