@@ -86,15 +86,19 @@ def launches(layer: Layer, inputs: Inputs, variant: Variant = SHIPPED) -> dict[s
             "attend, own maps": [attend.attend(problem, value, head - 1, output, minus_lse)],
         }
         if variant == SHIPPED:
-            found["all of EAH"] = [launch for name in list(found)[:3] for launch in found[name]]
+            kernels = list(found)[:3]
+            found["all of EAH"] = [launch for name in kernels for launch in found[name]]
             fast = Problem(query, key, Scoring(scale=layer.dim**-0.5), fast=True)
-            if fast.fast_tile("lse") and fast.fast_tile("sinks"):
-                statistics = [
+            fast.short_tile = lambda *_: None
+            if fast.fast_tile("lse") and fast.fast_tile("sinks") and fast.fast_tile("attend", value):
+                gluon = [
                     lse.lse(fast, minus_lse, image=image, tally=tally),
                     sinks.sinks(fast, image, minus_lse, inputs.threshold, tally, choice=choice),
+                    attend.attend(fast, value, head, output, minus_lse),
                 ]
-                found |= {"lse, Gluon": statistics[:1], "sinks, Gluon": statistics[1:]}
-                found["all of EAH, Gluon"] = [*statistics, *found["attend, shared map"]]
+                found |= {f"{name}, Gluon": [launch] for name, launch in zip(kernels, gluon, strict=True)}
+                found["attend, own maps, Gluon"] = [attend.attend(fast, value, head - 1, output, minus_lse)]
+                found["all of EAH, Gluon"] = gluon
         del problem.short_tile
         if one_pass.takes(problem):
             image_mask, tickets = inputs.image_mask, query.new_zeros(batch * (heads + 1), dtype=torch.int32)

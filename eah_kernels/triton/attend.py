@@ -111,7 +111,13 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
     """Writes out (B, Hq, Sq, Dv), given head (B,) and minus_lse (B, Hq, padded_length), read where a head is chosen."""
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
-    tile = _tile(problem, kv_heads, value_dim)
+    short = _short_tile(problem, kv_heads, value_dim)
+    fast = None if short else problem.fast_tile("attend", value)
+    if fast:
+        from eah_kernels.triton.hopper import attend as hopper  # Gluon is not everywhere
+
+        return hopper.attend(problem, fast, value, head, out, minus_lse)
+    tile = short or problem.tile("attend", value_dim)
     units, values = value_groups(kv_heads, value_dim, tile)
     return Launch(
         _attend_kernel,
@@ -123,12 +129,11 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
     )
 
 
-def _tile(problem: Problem, kv_heads: int, value_dim: int) -> Tile:
-    """The finer one where all its programs for chosen heads run at once: then the longest of them sets the time."""
+def _short_tile(problem: Problem, kv_heads: int, value_dim: int) -> Tile | None:
+    """The finer one, where all its programs for chosen heads run at once: then the longest of them sets the time."""
     short = problem.short_tile("attend", value_dim)
-    if short:
-        batch, _, q_len, _ = problem.query.shape
-        units, _ = value_groups(kv_heads, value_dim, short)
-        if batch * units * cdiv(q_len, short.block_m) <= AT_ONCE:
-            return short
-    return problem.tile("attend", value_dim)
+    if short is None:
+        return None
+    batch, _, q_len, _ = problem.query.shape
+    units, _ = value_groups(kv_heads, value_dim, short)
+    return short if batch * units * cdiv(q_len, short.block_m) <= AT_ONCE else None

@@ -117,9 +117,11 @@ class Problem:
     def _row(self, value_dim: int) -> tuple[str, int, torch.dtype, bool]:
         return self.target, max(self.query.shape[-1], value_dim), self.query.dtype, self.masked
 
-    def fast_tile(self, kernel: str) -> FastTile | None:
-        """The row of a Gluon kernel, where it may run; None for the Triton kernel."""
-        return FAST[kernel].get(self.target, {}).get(self.query.shape[-1]) if self.fast else None
+    def fast_tile(self, kernel: str, value: Tensor | None = None) -> FastTile | None:
+        """The row of a Gluon kernel, where it may run; None for the Triton kernel. value: if the kernel reads it."""
+        head_dim = self.query.shape[-1]
+        suits = self.fast and (value is None or (value.shape[-1] == head_dim and suits_tma(value)))
+        return FAST[kernel].get(self.target, {}).get(head_dim) if suits else None
 
     def _suits_gluon(self, scoring: Scoring) -> bool:
         """Plain causal scores of 16 bits, every row with its own key, the maximum before the scale."""

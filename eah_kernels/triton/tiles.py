@@ -38,11 +38,15 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class FastTile:
-    """A row of the Gluon kernels (hopper/): block_m query rows x block_n keys, `stages` tiles in shared memory."""
+    """A row of the Gluon kernels (hopper/): block_m query rows x block_n keys, `stages` tiles in shared memory.
+
+    value_width: as of Tile.
+    """
 
     block_m: int
     block_n: int
     stages: int
+    value_width: int = 0
 
     @cached_property
     def options(self) -> dict[str, int]:
@@ -219,6 +223,7 @@ TILES = {
 FAST = {
     "lse": {"sm_90": {64: FastTile(192, 128, 4), 128: FastTile(192, 128, 4)}},
     "sinks": {"sm_90": {64: FastTile(128, 192, 4), 128: FastTile(128, 192, 4)}},
+    "attend": {"sm_90": {64: FastTile(128, 64, 3, 256), 128: FastTile(128, 64, 3, 256)}},
 }
 AS_LONGER = (None, None, None)  # the rows of TILES serve short prompts, too
 # For prompts up to SHORT. one_pass loads a tile of keys during the product of the one before where num_stages is 2.

@@ -17,7 +17,6 @@ class Loop(NamedTuple):
     issues: float  # a score
     exps: float  # a score
     scalar_loads: int  # loads of less than 8 bytes from global memory
-    spills: int  # loads from local memory and stores there
     waits: float  # of wgmma, a product
     exps_between: float  # taken while a wgmma is under way, a product
     edge_issues: float  # a score, of the loop over the blocks that a mask or the diagonal splits
@@ -39,7 +38,7 @@ def steady_loop(code: str, elements_a_thread: float, online: bool, several: bool
         kinds = Counter(t.split()[0] for t in body)
         attention = kinds["MUFU.EX2"] and any("MMA" in kind for kind in kinds)
         maximum = any(kind.startswith("FMNMX") for kind in kinds)
-        if attention and maximum == online:
+        if attention and maximum == online and not kinds["EXIT"]:  # else it only comes back from behind the program
             found[int(branch[1], 16), address] = body
     if not found:
         return None
@@ -51,8 +50,7 @@ def steady_loop(code: str, elements_a_thread: float, online: bool, several: bool
         by_issues.append((len(body) / elements, exps / elements, body))
     issues, exps, best = min(by_issues)
     scalar = sum(bool(re.match(r"LDG(\.E)?(\.U8|\.S8|\.U16)? ", text)) for text in best)
-    spills = sum(text.startswith(("LDL", "STL")) for text in best)
-    return Loop(issues, exps, scalar, spills, *overlap(best), max(by_issues)[0])
+    return Loop(issues, exps, scalar, *overlap(best), max(by_issues)[0])
 
 
 def overlap(body: list[str]) -> tuple[float, float]:
@@ -78,7 +76,7 @@ def whole_program(code: str, elements_a_thread: float) -> Loop | None:
     if not body:
         return None
     issues, exps = len(body), sum(text.startswith("MUFU.EX2") for text in body)
-    return Loop(issues / elements_a_thread, exps / elements_a_thread, 0, 0, *overlap(body), issues / elements_a_thread)
+    return Loop(issues / elements_a_thread, exps / elements_a_thread, 0, *overlap(body), issues / elements_a_thread)
 
 
 def _holds(span: tuple[int, int], other: tuple[int, int]) -> bool:

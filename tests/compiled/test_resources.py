@@ -28,7 +28,7 @@ kinds["masked"] = tuple(replace(tile, spills="") for tile in kinds["masked"])
 find_tile.cache_clear()
 print(resources.build(row)[2])
 row = resources.Row("lse", "sm_90", "fast", 128)
-resources.FAST_ISSUES, resources.FAST_EXPS_BETWEEN = 4, 20
+resources.FAST_ISSUES, resources.FAST_EXPS_BETWEEN["lse"] = 4, 20
 print(resources.build(row)[2])
 row = resources.Row("attend", "sm_90", "plain", 64)
 launch = resources.make_launch(row)

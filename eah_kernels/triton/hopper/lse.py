@@ -19,15 +19,15 @@ from eah_kernels.triton.hopper.ring import (
     leave_out,
     make_ring,
     matrix,
-    scores_layout,
+    product_layout,
     start_product,
 )
 from eah_kernels.triton.launch import Launch, Problem, cdiv, view_lines
 from eah_kernels.triton.loads import at, head_of
+from eah_kernels.triton.scores import LOWEST, running_exps
 from eah_kernels.triton.tiles import FastTile
 
 GROUPS: gl.constexpr = gl.constexpr(3)
-LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)
 
 
 @gluon.jit
@@ -39,14 +39,6 @@ def produce(q, k, rows, rows_ready, ring, b, h, kv_h, start_m, blocks):
 
 
 @gluon.jit
-def add_scores(score, row_max, row_sum, factor):
-    """The running maximum, in log2 units, and the sum of exps, after the products of a tile. factor > 0."""
-    new_max = gl.maximum(row_max, gl.max(score, 1) * factor)
-    row_sum = row_sum * gl.exp2(row_max - new_max) + gl.sum(gl.exp2(score * factor - new_max[:, None]), 1)
-    return new_max, row_sum
-
-
-@gluon.jit
 def hide(score, start_n, position):
     """-inf where the key comes after the row's position."""
     local_n = gl.arange(0, score.shape[1], gl.SliceLayout(0, score.type.layout))
@@ -54,9 +46,9 @@ def hide(score, start_n, position):
 
 
 @gluon.jit
-def consume(rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, factor, PART: gl.constexpr):
+def consume(rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale, PART: gl.constexpr):
     BLOCK_N: gl.constexpr = ring.tiles.shape[3]
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, scores_layout(BLOCK_N))
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
     start_m += PART * ROWS
     offset = kv_len - q_len
     position = start_m + offset + gl.arange(0, ROWS, BY_ROW)
@@ -71,15 +63,15 @@ def consume(rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, col
         score = finish_product(start_product(own, ring, 0), ring, 0)
         for n in range(0, whole, 2):  # blocks that every row sees
             following = start_product(own, ring, n + 1)
-            row_max, row_sum = add_scores(score, row_max, row_sum, factor)
+            row_max, row_sum, _, _ = running_exps(score, row_max, row_sum, scale, True)
             following = finish_product(following, ring, n + 1)
             score = start_product(own, ring, n + 2)
-            row_max, row_sum = add_scores(following, row_max, row_sum, factor)
+            row_max, row_sum, _, _ = running_exps(following, row_max, row_sum, scale, True)
             score = finish_product(score, ring, n + 2)
-        row_max, row_sum = add_scores(hide(score, whole * BLOCK_N, position), row_max, row_sum, factor)
+        row_max, row_sum, _, _ = running_exps(hide(score, whole * BLOCK_N, position), row_max, row_sum, scale, True)
         for n in range(whole + 1, last):
             score = finish_product(start_product(own, ring, n), ring, n)
-            row_max, row_sum = add_scores(hide(score, n * BLOCK_N, position), row_max, row_sum, factor)
+            row_max, row_sum, _, _ = running_exps(hide(score, n * BLOCK_N, position), row_max, row_sum, scale, True)
     leave_out(ring, last, blocks)
     row = start_m + gl.arange(0, ROWS, BY_ROW)
     lse = gl.where((row < q_len) & (row_sum != 0), -row_max - gl.log2(row_sum), float("-inf"))
@@ -132,9 +124,9 @@ def _lse_kernel(
     fence_async_shared()  # TMA writes where the count's sum and the mbarriers were written
     gl.warp_specialize(
         [
-            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale.factor, 0)),
-            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale.factor, 1)),
-            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale.factor, 2)),
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale, 0)),
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale, 1)),
+            (consume, (rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, columns, scale, 2)),
             (produce, (q, k, rows, rows_ready, ring, b, h, h // GROUP, start_m, blocks)),
         ],
         [4, 4, 1],

@@ -22,7 +22,7 @@ ROWS: gl.constexpr = gl.constexpr(64)  # of a product of one group of four warps
 
 
 class Ring(NamedTuple):
-    tiles: Any  # [STAGES, 1, 1, BLOCK, HEAD_DIM]
+    tiles: Any  # [STAGES, 1, HEADS, BLOCK, DIM]
     ready: Any  # [STAGES, 1] mbarriers
     empty: Any
 
@@ -50,10 +50,18 @@ def bring(ring, n, desc, b, h, start):
 
 @gluon.jit
 def take(ring, n):
-    """Tile n, [BLOCK, HEAD_DIM], once it is there."""
+    """Tile n, [1, HEADS, BLOCK, DIM], once it is there."""
     STAGES: gl.constexpr = ring.tiles.shape[0]
     mbarrier.wait(ring.ready.index(n % STAGES), n // STAGES & 1)
-    return matrix(ring.tiles.index(n % STAGES))
+    return ring.tiles.index(n % STAGES)
+
+
+@gluon.jit
+def wide(ring, n):
+    """Tile n, taken before, [BLOCK, HEADS * DIM]: the first 64 columns of every head, then the second, and so on."""
+    tile = ring.tiles.index(n % ring.tiles.shape[0])
+    shape: gl.constexpr = [tile.shape[2], tile.shape[1] * tile.shape[3]]
+    return tile._reinterpret(tile.dtype, shape, gl.NVMMASharedLayout(128, 16, 2))
 
 
 @gluon.jit
@@ -87,28 +95,29 @@ def matrix(tile):
 @gluon.jit
 def start_product(own, ring, n):
     """own tile_n^T, [ROWS, BLOCK] float32, under way until `finish_product`."""
-    tile = take(ring, n)
-    LAYOUT: gl.constexpr = scores_layout(tile.shape[0])
+    tile = matrix(take(ring, n))
+    LAYOUT: gl.constexpr = product_layout(tile.shape[0])
     zeros = gl.full([ROWS, tile.shape[0]], 0.0, gl.float32, LAYOUT)
     return warpgroup_mma(own, tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def finish_product(product, ring, n):
-    product = warpgroup_mma_wait(0, [product])
+def finish_product(product, ring, n, LATER: gl.constexpr = 0):
+    """LATER: so many products that were started after it may go on."""
+    product = warpgroup_mma_wait(LATER, [product])
     give_back(ring, n)
     return product
 
 
 @gluon.constexpr_function
-def scores_layout(columns):
+def product_layout(columns):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
-def descriptor(tensor: Tensor, block: int) -> TensorDescriptor:
-    """Tiles of `block` rows of a head of (B, H, S, D), for TMA. A dimension of one entry may have any stride."""
+def descriptor(tensor: Tensor, block: int, heads: int = 1) -> TensorDescriptor:
+    """Tiles of `block` rows of so many heads of (B, H, S, D), for TMA. A dimension of one entry may have any stride."""
     shape, dim = list(tensor.shape), tensor.shape[3]
     strides = [dim if size == 1 else stride for size, stride in zip(shape, tensor.stride(), strict=True)]
     dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[tensor.dtype]
-    form = [1, 1, block, dim]
+    form = [1, heads, block, dim]
     return TensorDescriptor(tensor, shape, strides, form, gl.NVMMASharedLayout.get_default_for(form, dtype))

@@ -19,7 +19,7 @@ from eah_kernels.triton.hopper.ring import (
     leave_out,
     make_ring,
     matrix,
-    scores_layout,
+    product_layout,
     start_product,
 )
 from eah_kernels.triton.launch import Launch, Problem, cdiv, view_lines
@@ -77,7 +77,7 @@ def consume(
     start_n, start_m, blocks, q_len, kv_len, factor, PART: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = ring.tiles.shape[3]
-    BY_KEY: gl.constexpr = gl.SliceLayout(1, scores_layout(BLOCK_M))
+    BY_KEY: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_M))
     start_n += PART * ROWS
     key = start_n + gl.arange(0, ROWS, BY_KEY)
     offset = kv_len - q_len

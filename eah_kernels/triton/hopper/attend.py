@@ -1,0 +1,204 @@
+"""As ../attend.py, for sm_90: two groups of warps with 64 rows each share the tiles that a third brings.
+
+The product of a tile's probabilities with its values is under way beside the next tile's scores and their exps.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+
+from eah_kernels.triton.hopper.lse import hide
+from eah_kernels.triton.hopper.ring import (
+    LENGTHS,
+    ROWS,
+    bring,
+    bring_parts,
+    descriptor,
+    finish_product,
+    leave_out,
+    make_ring,
+    matrix,
+    product_layout,
+    start_product,
+    take,
+    wide,
+)
+from eah_kernels.triton.launch import Launch, Problem, cdiv, value_groups, view, view_lines
+from eah_kernels.triton.loads import at, head_of, row_of
+from eah_kernels.triton.scores import LOWEST, running_exps
+from eah_kernels.triton.tiles import FastTile
+
+GROUPS: gl.constexpr = gl.constexpr(2)
+
+
+@gluon.jit
+def produce(q, k, v, rows, rows_ready, keys, values, b, h, kv_h, first_value, start_m, blocks):
+    BLOCK_N: gl.constexpr = k.block_type.shape[2]
+    bring_parts(rows, rows_ready, q, b, h, start_m)
+    for n in range(blocks):
+        bring(keys, n, k, b, kv_h, n * BLOCK_N)
+        bring(values, n, v, b, first_value, n * BLOCK_N)
+
+
+@gluon.jit
+def start_mixing(p, values, n, mixed):
+    """mixed + p values_n, under way until `finish_product`."""
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, mixed.type.layout, 2)
+    tile = wide(values, n)
+    return warpgroup_mma(gl.convert_layout(p.to(tile.dtype), LAYOUT), tile, mixed, is_async=True)
+
+
+@gluon.jit
+def consume(
+    rows, rows_ready, keys, values, lse_ptr, out, position, blocks, kv_len, value_heads, scale,
+    GROUP: gl.constexpr, SHARED: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    BLOCK_N: gl.constexpr = keys.tiles.shape[3]
+    HEADS: gl.constexpr = values.tiles.shape[2]
+    DIM: gl.constexpr = values.tiles.shape[4]
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
+    LAYOUT: gl.constexpr = product_layout(HEADS * DIM)
+    position += PART * ROWS
+    local_m = gl.arange(0, ROWS, BY_ROW)
+    last = 0
+    mbarrier.wait(rows_ready, 0)
+    if position < kv_len:
+        own = matrix(rows.index(PART))
+        last = gl.cdiv(gl.minimum(position + ROWS, kv_len), BLOCK_N)
+        whole = gl.minimum((position + 1) // BLOCK_N, last)  # blocks that every row sees
+        mixed = gl.full([ROWS, HEADS * DIM], 0.0, gl.float32, LAYOUT)
+        score = hide(finish_product(start_product(own, keys, 0), keys, 0), 0, position + local_m)
+        if SHARED:
+            row_lse = gl.load(lse_ptr + PART * ROWS + local_m)
+            p = gl.exp2(score * scale.factor + row_lse[:, None])
+        else:
+            row_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
+            row_sum = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
+            row_max, row_sum, p, _ = running_exps(score, row_max, row_sum, scale, True)
+        take(values, 0)
+        for EDGE in gl.static_range(2):
+            for n in range(gl.maximum(whole, 1) if EDGE else 1, last if EDGE else whole):
+                score = start_product(own, keys, n)
+                mixed = start_mixing(p, values, n - 1, mixed)
+                score = finish_product(score, keys, n, 1)
+                if EDGE:
+                    score = hide(score, n * BLOCK_N, position + local_m)
+                if SHARED:
+                    p = gl.exp2(score * scale.factor + row_lse[:, None])
+                else:
+                    row_max, row_sum, p, rescale = running_exps(score, row_max, row_sum, scale, True)
+                take(values, n)  # ptxas moves no exp past the wait for it, but moves them past the product's
+                mixed = finish_product(mixed, values, n - 1)
+                if not SHARED:
+                    mixed = mixed * gl.convert_layout(rescale, gl.SliceLayout(1, LAYOUT))[:, None]
+        mixed = finish_product(start_mixing(p, values, last - 1, mixed), values, last - 1)
+        if not SHARED:
+            mixed = mixed / gl.convert_layout(row_sum, gl.SliceLayout(1, LAYOUT))[:, None]
+        store(mixed, row_of(out, PART * ROWS), kv_len - position, value_heads, DIM, HEADS, GROUP if SHARED else 1)
+    for n in range(last, blocks):  # in the order in which they are brought
+        leave_out(keys, n, n + 1)
+        leave_out(values, n, n + 1)
+
+
+@gluon.constexpr_function
+def lines_layout(columns):
+    """As `product_layout`, but that four threads hold 32 columns of a row, 16 bytes each, to be stored in one go."""
+    pairs = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    threads = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0], *pairs], threads, [[16, 0], [32, 0]], [], [ROWS.value, columns]
+    )
+
+
+@gluon.jit
+def store(
+    mixed, out, rows, value_heads,
+    DIM: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Of HEADS value heads, each for GROUP query heads. Columns: as of `wide`."""
+    LAYOUT: gl.constexpr = lines_layout(HEADS * DIM)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, HEADS * DIM, gl.SliceLayout(0, LAYOUT))
+    member = column // 64 % HEADS
+    feature = column % 64 + column // (64 * HEADS) * 64
+    tile = out.ptr + row[:, None] * out.row
+    tile = tile + (gl.cast(member * GROUP, gl.int64) * out.h + feature)[None, :]
+    kept = (row < rows)[:, None] & (member < value_heads)[None, :]
+    mixed = gl.convert_layout(mixed.to(out.ptr.dtype.element_ty), LAYOUT)
+    for copy in range(GROUP):
+        gl.store(at(tile, copy, out.h), mixed, mask=kept)
+
+
+@gluon.jit
+def attend_rows(
+    q, k, v, minus_lse, out, b, h, first_value, kv_heads, start_m, q_len, kv_len, scale,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr,
+):  # fmt: skip
+    """Rows start_m, ... with the map of head h: times the value heads from first_value on, or (not SHARED) h's own."""
+    BLOCK_N: gl.constexpr = k.block_type.shape[2]
+    rows = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
+    rows_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(rows_ready, count=1)
+    keys = make_ring(k, STAGES - 1, GROUPS)  # which are given back half a step before values
+    values = make_ring(v, STAGES, GROUPS)
+    lse_ptr = head_of(minus_lse, b, h).ptr + start_m
+    out = row_of(head_of(out, b, first_value * GROUP if SHARED else h), start_m)
+    offset = kv_len - q_len
+    blocks = gl.cdiv(gl.minimum(start_m + GROUPS * ROWS, q_len) + offset, BLOCK_N)
+    value_heads = kv_heads - first_value
+    fence_async_shared()  # TMA counts on the mbarriers
+    gl.warp_specialize(
+        [
+            (consume, (rows, rows_ready, keys, values, lse_ptr, out, start_m + offset, blocks, kv_len,
+                value_heads, scale, GROUP, SHARED, 0)),
+            (consume, (rows, rows_ready, keys, values, lse_ptr, out, start_m + offset, blocks, kv_len,
+                value_heads, scale, GROUP, SHARED, 1)),
+            (produce, (q, k, v, rows, rows_ready, keys, values, b, h, h // GROUP, first_value, start_m, blocks)),
+        ],
+        [4, 1],
+        [240, 24],  # registers a thread; the first group gets the rest, 240
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
+def _attend_kernel(
+    q, k, v, own_v, out, minus_lse, head_ptr, batch, units, heads, kv_heads, q_len, kv_len, scale,
+    GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As the Triton kernel. v: in tiles of the value heads of a unit; own_v: of one."""
+    pid = gl.program_id(0)
+    b = pid % batch
+    unit = pid // batch % (units + heads)
+    row_blocks = gl.num_programs(0) // (batch * (units + heads))
+    start_m = (row_blocks - 1 - pid // (batch * (units + heads))) * (GROUPS * ROWS)  # longest rows first
+    h = gl.load(head_ptr + b)
+    if unit < units:
+        if h >= 0:
+            first_value = unit * v.block_type.shape[1]
+            attend_rows(
+                q, k, v, minus_lse, out, b, h, first_value, kv_heads, start_m, q_len, kv_len, scale,
+                GROUP, STAGES, True,
+            )  # fmt: skip
+    elif h < 0:
+        h = unit - units
+        attend_rows(
+            q, k, own_v, minus_lse, out, b, h, h // GROUP, kv_heads, start_m, q_len, kv_len, scale,
+            GROUP, STAGES, False,
+        )  # fmt: skip
+
+
+def attend(problem: Problem, tile: FastTile, value, head, out, minus_lse) -> Launch:
+    """As ../attend.py."""
+    batch, heads, q_len, dim = problem.query.shape
+    kv_heads = value.shape[1]
+    units, values = value_groups(kv_heads, dim, tile)
+    return Launch(
+        _attend_kernel,
+        batch * (units + heads) * cdiv(q_len, tile.block_m),
+        tile,
+        dict(q=descriptor(problem.query, ROWS.value), k=descriptor(problem.key, tile.block_n), head_ptr=head)
+        | dict(v=descriptor(value, tile.block_n, values.HEADS), own_v=descriptor(value, tile.block_n))
+        | {name: problem.arguments[name] for name in ("batch", "q_len", "kv_len", "scale")}
+        | dict(out=view(out), minus_lse=view_lines(minus_lse), units=units, heads=heads, kv_heads=kv_heads)
+        | dict(GROUP=problem.rules.GROUP, STAGES=tile.stages),
+    )
