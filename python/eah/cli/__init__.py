@@ -1,4 +1,4 @@
-"""The command line: `eah demo`, `eah generate`, `eah models`, `eah doctor`, `eah eval` (also `python -m eah`)."""
+"""The command line: `eah demo`, `generate`, `inspect`, `models`, `doctor`, `eval` (also `python -m eah`)."""
 
 from __future__ import annotations
 
@@ -125,6 +125,26 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="let the model's folder bring its own code")
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR_OR_ID", help="a model folder, or an id on the hub")
+    add("--image", required=True, metavar="FILE", help="the picture to look at")
+    add("--prompt", required=True, metavar="TEXT")
+    add("--out", required=True, metavar="DIR", help="where inspect.html, inspect.json and the pictures are written")
+    add(
+        "--layers",
+        type=_layers_or_all,
+        nargs="+",
+        metavar="all|N",
+        help="layers that get pictures of their own: all, or 0 1 2 (default: the first four)",
+    )
+    add("--threshold", type=float, default=0.002, help="mean attention of a vision sink (default: 0.002)")
+    add("--compare", action="store_true", help="also answer without and with EAH, and show what changes")
+    add("--max-new-tokens", type=_count, default=128, metavar="N", help="of --compare (default: 128)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add("--trust-remote-code", action="store_true", help="let the model's folder bring its own code")
+
+
 def _models_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown, as in docs/models.md")
 
@@ -135,6 +155,17 @@ def _layers(text: str) -> list[int]:
     if not numbers or not all(number.isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"layers are numbers from 0 on, such as 1 or 0,1; got {text!r}")
     return [int(number) for number in numbers]
+
+
+def _layers_or_all(text: str) -> list[int]:
+    """[] for all."""
+    return [] if text == "all" else _layers(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int >= 1, got {text!r}")
+    return int(text)
 
 
 def _load(command: str) -> ModuleType:
@@ -172,6 +203,17 @@ def _generate(arguments) -> int:
     return 0
 
 
+def _inspect(arguments) -> int:
+    module = _load("look")
+    if arguments.layers is not None:
+        if [] in arguments.layers and len(arguments.layers) > 1:
+            raise ValueError("--layers must be all, or numbers such as 0 1 2, not both")
+        arguments.layers = [n for word in arguments.layers for n in word]
+    written = module.inspect(arguments)
+    print(json.dumps(written, indent=2) if arguments.json else "\n".join(written.values()))
+    return 0
+
+
 def _models(arguments) -> int:
     if arguments.json:
         print(json.dumps([row._asdict() for row in family_table()], indent=2))
@@ -190,6 +232,7 @@ def _doctor(arguments) -> int:
 COMMANDS = {
     "demo": (_demo, _demo_arguments, "EAH in a small LLaVA with random weights, on a real photograph, offline"),
     "generate": (_generate, _generate_arguments, "answer a prompt about a picture with your own model"),
+    "inspect": (_inspect, _inspect_arguments, "pictures of the heads of your own model: a page on what EAH sees"),
     "models": (_models, _models_arguments, "the model families that are known"),
     "doctor": (_doctor, lambda parser: None, "versions, devices, what works here and why the rest does not"),
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eah.inspect.maps import averaged_map
+from eah.patches import Grid, grids
 from eah.transformers.enable import check_pretrained
 from eah.transformers.inputs import prepare
 from eah.transformers.observe import Seen, observed
@@ -61,6 +62,7 @@ class Look:
 
     tokens: S, the prompt's length. positions: where in it the N image tokens stand. layers: those that have a map.
     without_map: why the others have none, by layer. image: a PIL image in RGB, upright. inputs: the model's.
+    grids: where in the picture the image tokens come from, or why that is not known.
     next_token (V,) float32: logits after the prompt.
     """
 
@@ -73,6 +75,7 @@ class Look:
     without_map: dict[int, str]
     inputs: Any
     next_token: Tensor
+    grids: tuple[Grid, ...] = ()
 
     def layer(self, number: int) -> LayerLook:
         return next(layer for layer in self.layers if layer.layer == number)
@@ -102,7 +105,8 @@ def look(
     image = upright(image)
     check_threshold(threshold)
     inputs = inputs_of(processor, image, prompt).to(model.device, model.dtype)
-    return look_at(model, inputs, image, prompt, threshold, pictured)
+    places = tuple(grids(processor, inputs, image, model.config))
+    return replace(look_at(model, inputs, image, prompt, threshold, pictured), grids=places)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from torch import Tensor
 
 from eah.inspect.look import LayerLook, Look
@@ -17,6 +19,7 @@ def numbers(look: Look) -> dict:
         "tokens": look.tokens,
         "image_tokens": list(look.positions),
         "layers": [layer_numbers(layer, look.threshold) for layer in look.layers],
+        "grids": [asdict(grid) for grid in look.grids],
         "without_map": {str(layer): why for layer, why in sorted(look.without_map.items())},
     }
 
