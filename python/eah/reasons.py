@@ -51,6 +51,14 @@ class Reason(Enum):
     SPREAD = "the heads are spread over processes (tensor parallel), whose column sums are not gathered at every step"
     NOTHING_HELD = "no head was chosen at the prefill: there is none to hold"
 
+    # of a request in vLLM
+    STREAMED = "a streamed session: its prompt grows while it is answered, and the head is chosen by all of it"
+    PROMPT_EMBEDS = "the prompt holds embeddings in the place of token ids"
+    CUT = "the prompt was computed in several steps, and the head is chosen by all of it"
+    FUSED_WRITE = "a fused kernel wrote the keys to the cache: they did not reach the layer's attention"
+    FAILED = "layer {}: {} was raised, see the log"
+    MISREAD = 'the request\'s "eah" is neither "on" nor "off": the default was taken'
+
     # of a batch row for which no head was chosen
     NO_IMAGE_TOKEN = "no image token"
     NO_PLACEHOLDER = "no image token: no embedding is a placeholder's; handle.image_mask(mask) can say where they are"

@@ -75,6 +75,7 @@ EXAMPLES = {
     "look.py": "lends its map",
     "contrast.py": "ICD: heads of the two prompts",
     "text_contrast.py": "none: no image token",
+    "vllm_client.py": "no answer from",  # with a server: tests/vllm/test_server.py
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `eah demo`, `generate`, `inspect`, `models`, `doctor`, `eval` (also `python -m eah`)."""
+"""The command line: `eah demo`, `generate`, `inspect`, `models`, `doctor`, `vllm-args`, `eval` (also `python -m eah`)."""
 
 from __future__ import annotations
 
@@ -149,6 +149,17 @@ def _models_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown, as in docs/models.md")
 
 
+def _vllm_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--layers", type=_layers, nargs="+", metavar="N", help="decoder layers, 0-based: 0 1 or 0,1")
+    add("--threshold", type=float, help="mean attention of a vision sink (default: 0.002)")
+    add("--min-density", type=float, help="sinks per image token below which no head lends")
+    add("--backend", help="of eah_kernels (default: auto)")
+    add("--broadcast-to", type=_heads, metavar="N", help="how many heads take the map (default: all)")
+    add("--video", action=argparse.BooleanOptionalAction, help="video tokens count as image tokens (default)")
+    add("--default", help="on or off: for requests that do not say (default: on)")
+
+
 def _layers(text: str) -> list[int]:
     """The numbers of one word: "1" or "0,1"."""
     numbers = text.replace(",", " ").split()
@@ -166,6 +177,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an int >= 1, got {text!r}")
     return int(text)
+
+
+def _heads(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a number of heads, or all; got {text!r}")
+    return text if text == "all" else int(text)
 
 
 def _load(command: str) -> ModuleType:
@@ -229,10 +246,22 @@ def _doctor(arguments) -> int:
     return 0
 
 
+def _vllm_args(arguments) -> int:
+    import_module("eah_kernels")  # first: it holds back what torch says of a missing numpy
+    settings = import_module("eah.vllm.settings")
+    knobs = {name: getattr(arguments, name) for name in settings.KNOBS}
+    if knobs["layers"]:
+        knobs["layers"] = [n for word in knobs["layers"] for n in word]
+    engine = settings.engine_args(**knobs)
+    print(json.dumps(engine, indent=2) if arguments.json else " ".join(settings.flags(engine)))
+    return 0
+
+
 COMMANDS = {
     "demo": (_demo, _demo_arguments, "EAH in a small LLaVA with random weights, on a real photograph, offline"),
     "generate": (_generate, _generate_arguments, "answer a prompt about a picture with your own model"),
     "inspect": (_inspect, _inspect_arguments, "pictures of the heads of your own model: a page on what EAH sees"),
     "models": (_models, _models_arguments, "the model families that are known"),
     "doctor": (_doctor, lambda parser: None, "versions, devices, what works here and why the rest does not"),
+    "vllm-args": (_vllm_args, _vllm_arguments, "the flags of vllm serve that put EAH into vLLM"),
 }

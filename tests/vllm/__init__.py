@@ -1,0 +1,1 @@
+"""EAH in vLLM, against `eah.enable` in transformers. Engines run in processes of their own, one each."""
