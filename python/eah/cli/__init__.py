@@ -1,4 +1,4 @@
-"""The command line: `eah demo`, `generate`, `inspect`, `models`, `doctor`, `vllm-args`, `eval` (also `python -m eah`)."""
+"""The command line: `eah demo`, `generate`, `inspect`, `models`, `doctor`, `vllm-args`, `eval`; also `python -m eah`."""
 
 from __future__ import annotations
 
