@@ -146,11 +146,14 @@ def image_processor_of(family, **changes):
     return images
 
 
-def processor_of(family, images=None, **changes):
-    """`images` is an image processor in the place of the row's; `changes` are made to the processor's settings."""
+def processor_of(family, images=None, tokens=None, **changes):
+    """`images` is an image processor in the place of the row's, `tokens` are special tokens beside the row's and
+    `changes` are made to the processor's settings.
+    """
     processor, _, _, special, _, more = PROCESSORS[family]
     images = image_processor_of(family) if images is None else images
-    return getattr(transformers, f"{processor}Processor")(images, tokenizer(special), **{**more, **changes})
+    text = tokenizer({**special, **(tokens or {})})
+    return getattr(transformers, f"{processor}Processor")(images, text, **{**more, **changes})
 
 
 def processed(family, pictures, texts):

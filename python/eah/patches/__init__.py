@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eah.patches.call import Call, NoOverlayError
 from eah.patches.geometry import EXIF_ORIENTATION, Box, upright
-from eah.patches.layouts import LAYOUTS, Call, NoOverlayError
+from eah.patches.layouts import layout_of
 from eah.transformers.families import FAMILIES, Differs, Works
 from eah.transformers.find import UnsupportedModelError, placeholder_ids
 
@@ -66,9 +67,10 @@ def grids(processor, inputs: Mapping[str, Any], images, config) -> list[Grid]:
         TypeError, ValueError: an argument that does not fit; the message names it.
         UnsupportedModelError: a config without image tokens.
     """
-    if not hasattr(processor, "image_processor"):
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise TypeError(
-            f"processor must be a processor of transformers, with an image_processor, got {type(processor).__name__}"
+            "processor must be a processor of transformers, with an image_processor and a tokenizer, "
+            f"got {type(processor).__name__}"
         )
     if not hasattr(config, "model_type"):
         raise TypeError(f"config must be a model's config, got {type(config).__name__}")
@@ -78,8 +80,8 @@ def grids(processor, inputs: Mapping[str, Any], images, config) -> list[Grid]:
     turns = [picture.getexif().get(EXIF_ORIENTATION, 1) for picture in pictures]
     sizes = [size[::-1] if turn >= 5 else size for size, turn in zip(stored, turns, strict=True)]
     try:
-        layout = _layout_of(config.model_type)
-        call = Call(processor, inputs, config, stored)
+        layout = layout_of(config.model_type)
+        call = Call(processor, inputs, config, stored, image_mask)
         cells = [layout(call, index) for index in range(len(pictures))]
         owners = _owners(image_mask, [len(tokens) for tokens in cells])
     except NoOverlayError as why:
@@ -122,12 +124,6 @@ def _masks(inputs, config) -> tuple[Tensor, Tensor]:
     every = torch.isin(ids, torch.tensor(placeholder_ids(config, video=True), device=ids.device))
     image = torch.isin(ids, torch.tensor(image_ids, device=ids.device))
     return image.cpu(), (every & ~image).cpu()
-
-
-def _layout_of(model_type: str):
-    if model_type not in LAYOUTS:
-        raise NoOverlayError(f"where the image tokens of the family {model_type} come from is not known")
-    return LAYOUTS[model_type]
 
 
 def _owners(mask: Tensor, counts: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:

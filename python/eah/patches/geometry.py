@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1; x to the right, y down, the upper left corner is (0, 0)
+Size = tuple[int, int]  # width, height
 EXIF_ORIENTATION = 0x0112
 
 
@@ -23,15 +24,6 @@ class Drawn(NamedTuple):
         top, bottom = _back(cell[1], cell[3], (self.at[1], self.at[3]), (self.part[1], self.part[3]))
         return (left, top, right, bottom) if left < right and top < bottom else None
 
-    def cells(self, rows: int, columns: int, area: Box) -> list[Box | None]:
-        """`shown_by` each of rows x columns equal cells of a rectangle of the canvas, row by row."""
-        x, y, width, height = area[0], area[1], (area[2] - area[0]) / columns, (area[3] - area[1]) / rows
-        return [
-            self.shown_by((x + column * width, y + row * height, x + (column + 1) * width, y + (row + 1) * height))
-            for row in range(rows)
-            for column in range(columns)
-        ]
-
 
 def _back(low: float, high: float, at: tuple[float, float], part: tuple[float, float]) -> tuple[float, float]:
     """An interval of the canvas, cut to what is drawn, in the picture's pixels."""
@@ -45,7 +37,14 @@ def whole(size: tuple[float, float]) -> Box:
     return 0, 0, *size
 
 
-def upright(box: Box, size: tuple[int, int], orientation: int) -> Box:
+def squared(size: Size) -> Box:
+    """Where a picture is when it is padded to a square."""
+    side = max(size)
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    return left, top, left + size[0], top + size[1]
+
+
+def upright(box: Box, size: Size, orientation: int) -> Box:
     """A rectangle of a picture as it is stored, size (width, height), in the picture as EXIF says that it is seen."""
     width, height = size
     x0, y0, x1, y1 = box

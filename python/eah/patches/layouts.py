@@ -1,56 +1,24 @@
-"""One function a family: the image tokens of one picture, in the order in which the model has them."""
+"""The families: of one picture, the image tokens in the order in which the model has them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
-from eah.patches.geometry import Box, Drawn, whole
-
-
-class NoOverlayError(Exception):
-    """Where the image tokens come from cannot be said; the message is the reason."""
-
-
-class Cell(NamedTuple):
-    """One image token."""
-
-    box: Box | None  # of the picture as it is stored
-    kind: str  # as in `Grid.kinds`
-    tile: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a processor made of some pictures, and for which model."""
-
-    processor: Any
-    inputs: Mapping[str, Any]
-    config: Any
-    sizes: list[tuple[int, int]]  # width, height of each picture as it is stored
-
-    @property
-    def image_processor(self):
-        return self.processor.image_processor
-
-    def input(self, name: str, index: int) -> Any:
-        """Of an input that the processor makes with one entry a picture, that of picture `index`."""
-        values = self.inputs.get(name)
-        if values is None or len(values) != len(self.sizes):
-            entries = "no" if values is None else len(values)
-            raise NoOverlayError(f"inputs have {entries} {name} for {len(self.sizes)} pictures")
-        return values[index]
+from eah.patches.call import Call, Cell, NoOverlayError, expect, kind_of, patches, resized
+from eah.patches.geometry import Drawn, Size, squared, whole
+from eah.patches.tiled import gemma3, idefics3, internvl, llava_next, llava_onevision
 
 
 def llava(call: Call, index: int) -> list[Cell]:
-    canvas_height, canvas_width = call.input("pixel_values", index).shape[-2:]
-    drawn = _cropped_or_padded(call.image_processor, call.sizes[index], (canvas_width, canvas_height))
+    if kind_of(call.image_processor) == "PixtralImageProcessor":
+        return mistral3(call, index)
+    height, width = call.input("pixel_values", index).shape[-2:]
+    drawn = cropped_or_padded(call.image_processor, call.sizes[index], (width, height))
     patch = call.config.vision_config.patch_size
-    rows, columns = canvas_height // patch, canvas_width // patch
+    rows, columns = height // patch, width // patch
     ahead = getattr(call.processor, "num_additional_image_tokens", 0)  # such as CLIP's class token
     ahead -= getattr(call.config, "vision_feature_select_strategy", "default") == "default"
-    return [Cell(None, "global", 0)] * ahead + patches(drawn, rows, columns, (0, 0, columns * patch, rows * patch))
+    return [Cell(None, "global")] * ahead + patches(drawn, rows, columns, (0, 0, columns * patch, rows * patch))
 
 
 def qwen2_vl(call: Call, index: int) -> list[Cell]:
@@ -59,74 +27,80 @@ def qwen2_vl(call: Call, index: int) -> list[Cell]:
     if time != 1:
         raise NoOverlayError(f"picture {index} has {time} frames")
     merge = call.config.vision_config.spatial_merge_size
-    rows, columns = height // merge, width // merge
-    canvas = whole((columns, rows))
-    return patches(Drawn(whole(call.sizes[index]), canvas), rows, columns, canvas)
+    return squashed(call.sizes[index], height // merge, width // merge)
+
+
+def mistral3(call: Call, index: int) -> list[Cell]:
+    """The tokens that end its rows have an id of their own: they are no image tokens."""
+    expect(call.image_processor, "PixtralImageProcessor")
+    if getattr(call.image_processor, "do_center_crop", False):
+        raise NoOverlayError("the image processor crops, where the image processors of this family do not")
+    height, width = (int(side) for side in call.input("image_sizes", index))
+    token = call.config.vision_config.patch_size * getattr(call.config, "spatial_merge_size", 1)
+    return squashed(call.sizes[index], height // token, width // token)
 
 
 LAYOUTS: dict[str, Callable[[Call, int], list[Cell]]] = {
+    "gemma3": gemma3,
+    "idefics3": idefics3,
+    "internvl": internvl,
     "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "mistral3": mistral3,
+    "paligemma": llava,
+    "smolvlm": idefics3,
     "vipllava": llava,
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe"), qwen2_vl),
 }
 
-
-def patches(drawn: Drawn, rows: int, columns: int, area: Box, kind: str = "patch", tile: int = 0) -> list[Cell]:
-    """The cells of one tile, row by row; "padding" where a cell shows nothing of the picture."""
-    return [Cell(box, kind if box else "padding", tile) for box in drawn.cells(rows, columns, area)]
-
-
-CROPPED_OR_PADDED = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
+QUERIES = "its image tokens are learned queries, each of which looks at the whole picture: they have no place in it"
+WITHOUT: dict[str, str] = dict.fromkeys(
+    ("aria", "blip-2", "idefics2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"), QUERIES
+)
 
 
-def _cropped_or_padded(image_processor, size: tuple[int, int], canvas: tuple[int, int]) -> Drawn:
+def layout_of(model_type: str) -> Callable[[Call, int], list[Cell]]:
+    """
+    Raises:
+        NoOverlayError: a family without one.
+    """
+    if model_type not in LAYOUTS:
+        why = WITHOUT.get(model_type, "where its image tokens come from is not known")
+        raise NoOverlayError(f"family {model_type}: {why}")
+    return LAYOUTS[model_type]
+
+
+def squashed(size: Size, rows: int, columns: int) -> list[Cell]:
+    """The whole picture on a grid of tokens, whatever its aspect ratio."""
+    canvas = whole((columns, rows))
+    return patches(Drawn(whole(size), canvas), rows, columns, canvas)
+
+
+def cropped_or_padded(image_processor, size: Size, canvas: Size) -> Drawn:
     """What the image processors of CLIP do, in their order: pad to a square, resize, crop the centre."""
-    name = kind_of(image_processor)
-    if name not in CROPPED_OR_PADDED:
-        raise NoOverlayError(f"what {type(image_processor).__name__} does to a picture is not known")
-    width, height = size
-    left = top = 0.0
-    made = [width, height]  # the canvas so far; the picture is at left, top in it
+    expect(image_processor, "CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
+    at, made = whole(size), size  # where the picture is on the canvas so far, and the size of that
     if getattr(image_processor, "do_pad", False) and hasattr(image_processor, "pad_to_square"):
-        made = [max(size)] * 2
-        left, top = (made[0] - width) // 2, (made[1] - height) // 2
-    scale = [1.0, 1.0]
+        at, made = squared(size), (max(size), max(size))
     if image_processor.do_resize:
-        resized = _resized(image_processor.size, made)
-        scale = [new / old for new, old in zip(resized, made, strict=True)]
-        made = list(resized)
-    at = [left * scale[0], top * scale[1], (left + width) * scale[0], (top + height) * scale[1]]
+        new = resized(image_processor, made)
+        x, y = new[0] / made[0], new[1] / made[1]
+        at, made = (at[0] * x, at[1] * y, at[2] * x, at[3] * y), new
     if getattr(image_processor, "do_center_crop", False):
-        crop = (image_processor.crop_size["width"], image_processor.crop_size["height"])
-        if _by_torchvision(image_processor):
-            starts = [int((old - new) / 2) for old, new in zip(made, crop, strict=True)]
-        else:
-            starts = [(old - new) // 2 for old, new in zip(made, crop, strict=True)]
-        at = [end - start for end, start in zip(at, starts * 2, strict=True)]
-        made = list(crop)
-    if tuple(made) != canvas:
+        crop = image_processor.crop_size["width"], image_processor.crop_size["height"]
+        left, top = (_start(image_processor, old, new) for old, new in zip(made, crop, strict=True))
+        at, made = (at[0] - left, at[1] - top, at[2] - left, at[3] - top), crop
+    if made != canvas:
         seen, expected = ("{} x {}".format(*pair) for pair in (canvas, made))
+        name = kind_of(image_processor)
         raise NoOverlayError(f"the pixels are {seen}, but {name} with its settings makes {expected} of this picture")
-    return Drawn(whole(size), (at[0], at[1], at[2], at[3]))
+    return Drawn(whole(size), at)
 
 
-def _resized(size, old: list[int]) -> tuple[int, int]:
-    given = {name: size.get(name) for name in ("height", "width", "shortest_edge", "longest_edge") if size.get(name)}
-    if set(given) == {"height", "width"}:
-        return given["width"], given["height"]
-    if set(given) == {"shortest_edge"}:
-        new_short, short, long = given["shortest_edge"], min(old), max(old)
-        new_long = int(new_short * long / short)
-        return (new_short, new_long) if old[0] <= old[1] else (new_long, new_short)
-    raise NoOverlayError(f"how the image processor resizes to {given} is not known")
-
-
-def kind_of(image_processor) -> str:
-    """The name of its class, whichever library resizes."""
-    name = type(image_processor).__name__
-    return name.removesuffix("Fast").removesuffix("Pil")
-
-
-def _by_torchvision(image_processor) -> bool:
+def _start(image_processor, old: int, new: int) -> int:
+    """Where a crop begins; before the picture, where that is smaller: there torchvision rounds the other way."""
     fast = type(image_processor).__name__.endswith("Fast")
-    return fast or getattr(image_processor, "backend", None) == "torchvision"
+    if fast or getattr(image_processor, "backend", None) == "torchvision":
+        return int((old - new) / 2)
+    return (old - new) // 2
