@@ -214,6 +214,9 @@ def test_queries_in_two_files(tmp_path):
         ([QUESTIONS[0] | {"truth": "maybe"}], {}, "truth must be yes or no, got 'maybe'"),
         ([QUESTIONS[0] | {"type": "other"}], {}, "type 'other' is none of"),
         ([GENERATIVE, GENERATIVE], {}, "id 1 twice"),
+        ([{"id": 1, "type": "generative"}], {}, "record 1: 'truth' must be list, got None"),
+        ([GENERATIVE | {"hallu": "cat"}], {}, "record 1: 'hallu' must be list, got 'cat'"),
+        ([GENERATIVE | {"truth": [["dog"]]}], {}, r"record 1: \['dog'\] is not in relation.json"),
         ([GENERATIVE], {"rule": "opera"}, "--yes-no of amber must be official or first-word"),
         ([GENERATIVE], {"vectors": "nowhere.txt"}, "there is no file nowhere.txt"),
     ],
@@ -223,11 +226,20 @@ def test_data_that_do_not_fit(tmp_path, annotations, options, error):
         load(folder(tmp_path / "a", annotations), **options)
 
 
+@pytest.mark.parametrize("relation", [[], {"dog": "puppy"}, {"dog": None}, {"dog": [["puppy"]]}])
+def test_relations_of_another_form(tmp_path, relation):
+    data = folder(tmp_path / "a")
+    (data / "relation.json").write_text(json.dumps(relation))
+    with pytest.raises(ValueError, match=r"relation.json must be an object of lists of words"):
+        load(data)
+
+
 @pytest.mark.parametrize(
     ("content", "error"),
     [
         ("", "is empty"),
-        ("dog 1 x\n", "line 1 must be a word and numbers"),
+        ("dog 1 2\ncat nan 1\n", "line 2 must be a word and finite numbers"),
+        ("dog 1 x\n", "line 1 must be a word and finite numbers"),
         ("dog\n", "line 1 has 0 numbers"),
         ("a 1\nb 1 2\n", "line 2 has 2"),
     ],

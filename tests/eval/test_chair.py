@@ -99,6 +99,14 @@ def test_the_metrics(chair):
     }
 
 
+def test_an_empty_prompt_is_a_prompt(tmp_path):
+    coco.write(tmp_path, [["dog"]])
+    prompts = {
+        given: Chair([str(tmp_path)], words="builtin", prompt=given).parts["all"][0].prompt for given in ("", "a", None)
+    }
+    assert prompts == {"": "", "a": "a", None: "Please describe this image in detail."}
+
+
 def test_without_mentions_chair_i_is_undefined(chair):
     assert judged(chair, "", "", "")[1] == {"chair_s": 0, "chair_i": None, "recall": 0, "length": 0}
 
@@ -158,6 +166,45 @@ def test_a_missing_file(tmp_path, name, error):
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=error):
         Chair([str(tmp_path)], words="builtin")
+
+
+INSTANCES = {
+    "images": [{"id": 1, "file_name": "1.jpg"}],
+    "categories": [{"id": 3, "name": "dog"}],
+    "annotations": [{"image_id": 1, "category_id": 3}],
+}
+CAPTIONS = {"annotations": [{"image_id": 1, "caption": "A dog."}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "error"),
+    [
+        ("instances", [], "must be an object with a list of objects 'images'"),
+        ("instances", {}, "must be an object with a list of objects 'images'"),
+        ("instances", INSTANCES | {"images": ["1.jpg"]}, "must be an object with a list of objects 'images'"),
+        ("instances", INSTANCES | {"images": [{"id": 1}]}, "images, record 1: 'file_name' must be str, got None"),
+        ("instances", INSTANCES | {"annotations": [{}]}, "annotations, record 1: 'image_id' must be int or str"),
+        (
+            "instances",
+            INSTANCES | {"annotations": [{"image_id": 1, "category_id": 9}]},
+            "annotations, record 1: category_id 9 is of no category",
+        ),
+        ("captions", None, "must be an object with a list of objects 'annotations'"),
+        ("captions", {"annotations": {}}, "must be an object with a list of objects 'annotations'"),
+        (
+            "captions",
+            {"annotations": [*CAPTIONS["annotations"], {"image_id": 1, "caption": None}]},
+            "annotations, record 2: 'caption' must be str, got None",
+        ),
+    ],
+)
+def test_annotations_of_another_form(tmp_path, kind, content, error):
+    coco.write(tmp_path, [])
+    given = {"instances": INSTANCES, "captions": CAPTIONS} | {kind: content}
+    for name, what in given.items():
+        (tmp_path / f"{name}_val2014.json").write_text(json.dumps(what))
+    with pytest.raises(ValueError, match=f"{kind}_val2014.json.*{error}"):
+        Chair([str(tmp_path)], words="builtin").truth(1)
 
 
 def test_a_category_that_the_table_does_not_have(tmp_path):

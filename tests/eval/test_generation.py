@@ -111,6 +111,38 @@ def test_tokens_before_the_end():
     assert before_eos([3, 2], [2, 3]) == [] and before_eos([1, 2], None) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        (
+            {"do_sample": "True"},
+            "do_sample must be true, a number, a list or the like, got the text 'True'",
+        ),
+        ({"do_sample": 1}, "--generation do_sample must be true or false, got 1"),
+        ({"num_beams": "two"}, "--generation num_beams must be true, a number"),
+        ({"temperature": 0.7}, r"(?s)--generation: .*`temperature` is set to `0.7`"),
+        ({"length_penalty": 2.0}, r"(?s)--generation: .*only used in beam-based"),
+        ({"watermarking_config": 1}, "--generation: "),
+        ({"max_length": 9}, "--generation max_length: --max-new-tokens is its option"),
+        ({"num_beam_groups": 2}, "--generation num_beam_groups: group beam search is code on the hub"),
+        ({"validate": 1}, "--generation validate: transformers has no such setting"),
+        ({"_from_model_config": True}, "transformers has no such setting"),
+        ({"transformers_version": "5"}, "transformers has no such setting"),
+    ],
+)
+def test_settings_that_would_be_ignored_or_fail_later(changes, error, caplog):
+    with pytest.raises(ValueError, match=error):
+        check_changes(changes)
+    assert not caplog.records
+
+
+def test_settings_that_are_fine():
+    check_changes({})
+    check_changes({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0})
+    check_changes({"num_beams": 3, "length_penalty": 2.0, "early_stopping": "never"})
+    check_changes({"cache_implementation": "static", "repetition_penalty": 1.1})
+
+
 def test_settings_that_are_not_the_users():
     with pytest.raises(ValueError, match="--generation stop_strings: an answer ends"):
         check_changes({"stop_strings": "x"})

@@ -55,9 +55,16 @@ def test_the_metrics(tmp_path, mmhal):
 
 def test_the_response_file(mmhal):
     items = mmhal.parts["all"]
-    responses = mmhal.responses([(item, Answer(f"a{item.id}")) for item in reversed(items)])
+    responses = mmhal.responses([(item, Answer(f"a{item.id}")) for item in items])
     assert items[3].image == "3.jpg" and items[3].prompt == "3?"
     assert responses[3] == mmhal.template[3] | {"model_answer": "a3"}
+
+
+def test_the_response_file_of_some(mmhal):
+    """--limit: the judge gets what was answered, and `score` with the same limit reads it."""
+    some = mmhal.parts["all"][2:5]
+    responses = mmhal.responses([(item, Answer(f"a{item.id}")) for item in some])
+    assert responses == [mmhal.template[n] | {"model_answer": f"a{n}"} for n in (2, 3, 4)]
 
 
 def test_a_judge_file_that_does_not_fit(tmp_path, mmhal):

@@ -156,6 +156,8 @@ def test_answers_by_id_come_in_any_order(tmp_path, key):
         ([{"id": n, "answer": None} for n in (1, 2, 3, 4)], "record 1: 'answer' must be str, got None"),
         ([{"text": ""}], "a record must have 'question_id' and 'answer' or"),
         ([{"id": True, "answer": ""}], "record 1: 'id' must be int or str, got True"),
+        ([{"id": 1, "answer": "", "heads": [3]}], r"record 1: 'heads' must be dict, got \[3\]"),
+        ([{"id": 1, "answer": "", "stopped": 1}], "record 1: 'stopped' must be str, got 1"),
     ],
 )
 def test_answers_that_do_not_fit_the_questions(tmp_path, records, error):
@@ -175,6 +177,8 @@ def test_answers_that_do_not_fit_the_questions(tmp_path, records, error):
         (b"[1]", "must be a list of objects"),
         (b"7\n", "line 1 must be an object, got '7'"),
         (b'[{"id": 1', "is no JSON"),
+        (b"[" * 100_000, "broken.jsonl is no JSON"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "line 1 is no JSON"),
         (b"\xff\xfe", "is not UTF-8: byte 0"),
     ],
 )
@@ -192,6 +196,14 @@ def test_line_ends_within_a_string_do_not_end_the_line(tmp_path):
     path.write_text('\ufeff{"id": 1, "answer": "a\u2028b\x85c"}\n', encoding="utf-8")
     [(_, answer)] = read_answers(str(path), pope, "random")
     assert answer.text == "a\u2028b\x85c"
+
+
+@pytest.mark.parametrize("id", [None, [1], True, 1.5])
+def test_a_question_id_is_a_number_or_text(tmp_path, id):
+    path = questions(tmp_path)
+    path.write_text(json.dumps([{"question_id": id, "image": "1.jpg", "text": "q", "label": "no"}]))
+    with pytest.raises(ValueError, match="record 1: 'question_id' must be int or str, got"):
+        Pope([str(path)])
 
 
 def test_a_label_is_yes_or_no(tmp_path):

@@ -273,6 +273,8 @@ def test_our_answers_can_be_scored_again(saved_model, finished, tmp_path, capsys
     [
         (["--generation", "num_return_sequences=2"], "a question has one answer"),
         (["--generation", "temprature=2"], "transformers has no such setting"),
+        (["--generation", "num_beams=2", "num_beams=3"], "--generation num_beams was given twice"),
+        (["--layers", "0+1", "1+0"], "eah-l0+1-t0.002 was asked for twice"),
         (["--device", "cuda:7"], "--device 'cuda:7' cannot be used"),
         (["--device", "meta"], "--device 'meta' cannot be used"),
         (["--prompt", "x"], "--prompt has no meaning for pope"),
@@ -282,6 +284,7 @@ def test_our_answers_can_be_scored_again(saved_model, finished, tmp_path, capsys
         (["--layers", "9"], "layers must be within 0..2"),
         (["--backend", "fast"], "backend must be"),
         (["--seeds", "1", "1"], "--seeds must be distinct"),
+        (["--seeds", "0", "1"], "--seeds 0 1 are of sampling: --generation do_sample=true"),
         (["--images", "nowhere"], "there is no picture nowhere"),
         (["--data", "nowhere"], "there is no file nowhere"),
         (["--image-list", "nowhere"], "there is no file nowhere"),

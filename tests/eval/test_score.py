@@ -14,6 +14,7 @@ import numpy as np
 
 from eah import cli
 from eah.eval.bootstrap import interval, resampled
+from eah.eval.journal import alone_in
 from eah.eval.pope import Pope
 from eah.eval.score import score
 from eah.eval.variants import Variant, family_and_threshold, product
@@ -121,9 +122,33 @@ def test_report_of_several_runs(scored, capsys):
     assert status == 0, err
     assert "# pope: out" in out and "# pope: other" in out
     assert list(json.loads((folder / "both/result.json").read_text())["runs"]) == ["out", "other"]
-    assert {path.name for path in (folder / "both").iterdir()} == {
+    assert {path.name for path in (folder / "both").iterdir() if path.suffix} == {
         *("result.json", "result.md", "out.by_threshold.png", "other.by_threshold.png")
     }
+
+
+def test_a_report_does_not_overwrite_what_it_tells_of(scored, capsys):
+    folder, _, _ = scored
+    before = (folder / "out/result.json").read_bytes()
+    status, _, err = run(capsys, "report", folder / "out", "--out", folder / "out/../out")
+    assert status == 1 and "--out" in err and "is one of the folders" in err and err.count("\n") == 1
+    assert (folder / "out/result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"schema": "eah-eval/1", "rows": []}', '{"schema": "eah-eval/1"}'])
+def test_a_report_of_what_is_no_result(tmp_path, capsys, content):
+    (tmp_path / "result.json").write_text(content)
+    status, _, err = run(capsys, "report", tmp_path, "--out", tmp_path / "out")
+    assert status == 1 and "is not of the schema eah-eval/1" in err and err.count("\n") == 1
+
+
+def test_two_do_not_write_to_one_folder(scored, capsys):
+    folder, arguments, _ = scored
+    for given in (arguments, ["report", folder / "out", "--out", folder / "held"]):
+        with alone_in(folder / "held"):
+            status, _, err = run(capsys, *given[:-1], folder / "held")
+        assert status == 1 and "another process is writing to" in err
+    assert {path.name for path in (folder / "held").iterdir()} == {".lock"}
 
 
 def test_chair_against_length(tmp_path, capsys):

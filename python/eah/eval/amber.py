@@ -53,7 +53,7 @@ class Amber(Benchmark):
             raise ValueError("--yes-no of amber must be official or first-word, got 'opera'")
         self.folder = Path(data[0])
         self.parse = {"official": yes_no.amber_official, "first-word": yes_no.first_word}[rule]
-        self.associations: dict[str, list[str]] = read_json(self.folder / "relation.json")
+        self.associations = _associations(self.folder / "relation.json")
         self.vocabulary = {word for key, words in self.associations.items() for word in (key, *words)}
         self.safe = set(read_text(self.folder / "safe_words.txt").split("\n"))
         self.words = words_of(words, self.vocabulary)
@@ -71,8 +71,8 @@ class Amber(Benchmark):
         for number, record in numbered:
             kind = field(record, "type", path, number)
             if kind == "generative":
-                for word in (*record["truth"], *record["hallu"]):
-                    if word not in self.associations:
+                for word in (word for name in ("truth", "hallu") for word in field(record, name, path, number, list)):
+                    if not isinstance(word, str) or word not in self.associations:
                         raise ValueError(f"{path}, record {number}: {word!r} is not in relation.json")
             elif kind not in KINDS:
                 raise ValueError(f"{path}, record {number}: type {kind!r} is none of {', '.join(KINDS)}, generative")
@@ -182,6 +182,14 @@ class Amber(Benchmark):
 
     def where(self, part: str) -> str:
         return str(self.folder)
+
+
+def _associations(path: Path) -> dict[str, list[str]]:
+    found = read_json(path)
+    lists = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
+        raise ValueError(f"{path} must be an object of lists of words")
+    return found
 
 
 def first(entries: list[tuple[str, int]], matches) -> set[int]:

@@ -57,4 +57,8 @@ def _in_order(path: str, records: Sequence[dict], items: Sequence[Item], part: s
 
 
 def _answer(path: str, number: int, record: dict, text: str) -> Answer:
-    return Answer(field(record, text, path, number), record.get("stopped"), record.get("heads"))
+    told = {name: record.get(name) for name in ("stopped", "heads")}
+    for name, kind in (("stopped", str), ("heads", dict)):
+        if told[name] is not None:
+            field(record, name, path, number, kind)
+    return Answer(field(record, text, path, number), **told)

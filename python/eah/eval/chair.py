@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from eah.eval.benchmark import Benchmark, Item, Judged, ratio
-from eah.eval.files import read_json, read_text
+from eah.eval.files import field, objects, read_json, read_text
 from eah.eval.words import words_of
 
 PROMPT = "Please describe this image in detail."
@@ -80,8 +80,12 @@ class Chair(Benchmark):
         self._instances = [(path, read_json(path)) for path in (self._file("instances", split) for split in splits)]
         self._captions = [(path, read_json(path)) for path in (self._file("captions", split) for split in splits)]
         self.files = [table, *(path for path, _ in (*self._instances, *self._captions))]
-        images = {image["id"]: image["file_name"] for _, content in self._instances for image in content["images"]}
-        self.parts = {"all": [Item(id, file, prompt or PROMPT) for id, file in images.items()]}
+        images: dict[int | str, str] = {}
+        for path, content in self._instances:
+            where = f"{path}, images"
+            for number, image in enumerate(objects(content, "images", path), 1):
+                images[field(image, "id", where, number, (int, str))] = field(image, "file_name", where, number)
+        self.parts = {"all": [Item(id, file, PROMPT if prompt is None else prompt) for id, file in images.items()]}
         self._truth: dict[int | str, frozenset[str]] = {}
 
     def _file(self, kind: str, split: str) -> Path:
@@ -95,21 +99,30 @@ class Chair(Benchmark):
         """The objects of each image by its instances."""
         found: dict[int | str, set[str]] = {}
         for path, content in self._instances:
-            names = {category["id"]: category["name"] for category in content["categories"]}
-            for annotation in content["annotations"]:
-                name = names[annotation["category_id"]]
-                if name not in self.objects:
-                    raise ValueError(f"{path} has the category {name!r}, which the table of synonyms does not have")
-                found.setdefault(annotation["image_id"], set()).add(self.objects[name])
+            where, names = f"{path}, annotations", {}
+            for number, category in enumerate(objects(content, "categories", path), 1):
+                id = field(category, "id", f"{path}, categories", number, (int, str))
+                names[id] = field(category, "name", f"{path}, categories", number)
+            for number, annotation in enumerate(objects(content, "annotations", path), 1):
+                image, id = (field(annotation, key, where, number, (int, str)) for key in ("image_id", "category_id"))
+                if id not in names:
+                    raise ValueError(f"{where}, record {number}: category_id {id!r} is of no category")
+                if names[id] not in self.objects:
+                    raise ValueError(
+                        f"{path} has the category {names[id]!r}, which the table of synonyms does not have"
+                    )
+                found.setdefault(image, set()).add(self.objects[names[id]])
         return found
 
     @cached_property
     def _described(self) -> dict[int | str, list[str]]:
         """The human captions of each image."""
         found: dict[int | str, list[str]] = {}
-        for _, content in self._captions:
-            for annotation in content["annotations"]:
-                found.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        for path, content in self._captions:
+            where = f"{path}, annotations"
+            for number, annotation in enumerate(objects(content, "annotations", path), 1):
+                image = field(annotation, "image_id", where, number, (int, str))
+                found.setdefault(image, []).append(field(annotation, "caption", where, number))
         return found
 
     def truth(self, image: int | str) -> frozenset[str]:

@@ -85,7 +85,7 @@ def _layers(text: str) -> tuple[int, ...]:
     numbers = text.split("+")
     if not all(number.isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"a set of layers is numbers from 0 on, such as 1 or 0+1; got {text!r}")
-    return tuple(map(int, numbers))
+    return tuple(sorted(map(int, numbers)))
 
 
 def _setting(text: str) -> tuple[str, object]:
@@ -129,6 +129,7 @@ def _run(arguments) -> int:
 
 def _score(arguments) -> int:
     from eah.eval.answers import read_answers
+    from eah.eval.journal import alone_in
 
     benchmark, settings = load(arguments)
     benchmark.parts = selected(benchmark.parts, arguments)
@@ -144,7 +145,8 @@ def _score(arguments) -> int:
         if (name, part) in answered:
             raise ValueError(f"--answers has {name}:{part} twice")
         answered[name, part] = read_answers(path, benchmark, part)
-    return finish(benchmark, answered, settings, arguments)
+    with alone_in(Path(arguments.out)):
+        return finish(benchmark, answered, settings, arguments)
 
 
 def load(arguments):
@@ -181,25 +183,29 @@ def finish(benchmark, answered, settings: dict, arguments) -> int:
 def _report(arguments) -> int:
     from eah.eval import markdown
     from eah.eval.files import read_json, write_json
+    from eah.eval.journal import alone_in
     from eah.eval.plots import plot
-    from eah.eval.score import SCHEMA
+    from eah.eval.score import HELD, SCHEMA
 
-    results = {}
+    results, out = {}, Path(arguments.out)
     for folder in arguments.folders:
         path = Path(folder) / "result.json"
         if not path.exists():
             raise ValueError(f"{folder} has no result.json: eah eval run or score writes it at its end")
         result, name = read_json(path), Path(folder).resolve().name
-        if result.get("schema") != SCHEMA or "rows" not in result:
-            raise ValueError(f"{path} is not of the schema {SCHEMA}")
+        if not isinstance(result, dict) or result.get("schema") != SCHEMA or not all(map(result.get, HELD)):
+            raise ValueError(f"{path} is not of the schema {SCHEMA}, or is a report's")
+        if Path(folder).resolve() == out.resolve():
+            raise ValueError(f"--out {out} is one of the folders that are reported, and would lose its result.json")
         if name in results:
             raise ValueError(f"two folders are named {name}: give them names of their own")
         results[name] = result
-    out, whole = Path(arguments.out), {"schema": SCHEMA, "runs": results}
-    write_json(out / "result.json", whole)
-    markdown.write(out / "result.md", results)
-    for name, result in results.items():
-        plot(result, out, prefix=f"{name}.")
+    whole = {"schema": SCHEMA, "runs": results}
+    with alone_in(out):
+        write_json(out / "result.json", whole)
+        markdown.write(out / "result.md", results)
+        for name, result in results.items():
+            plot(result, out, prefix=f"{name}.")
     text = "\n\n".join(markdown.section(name, result) for name, result in results.items())
     print(json.dumps(whole, indent=2) if arguments.json else text)
     return 0

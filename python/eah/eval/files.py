@@ -25,10 +25,15 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path):
+    return parse_json(read_text(path), f"{path} is no JSON")
+
+
+def parse_json(text: str, otherwise: str):
+    """Raises ValueError, `otherwise` and why, for what is no JSON, is nested too deeply or has too long a number."""
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{otherwise}: {error}") from error
 
 
 def read_records(path: str | Path) -> list[dict]:
@@ -55,13 +60,18 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _record(path, number: int, line: str) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is no JSON, or torn: {error}") from error
+    record = parse_json(line, f"{path}, line {number} is no JSON, or torn")
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {number} must be an object, got {line.strip()[:40]!r}")
     return record
+
+
+def objects(content, name: str, path: str | Path) -> list[dict]:
+    """The objects that an object's `name` lists."""
+    found = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(found, list) or any(not isinstance(record, dict) for record in found):
+        raise ValueError(f"{path} must be an object with a list of objects {name!r}")
+    return found
 
 
 def field(record: dict, name: str, path, number: int, kinds: type | tuple[type, ...] = str):

@@ -22,23 +22,43 @@ SUFFIXES = {
 }
 OWN = {  # of transformers' generation settings, those that are not for --generation, and why
     "max_new_tokens": "--max-new-tokens is its option",
+    "max_length": "--max-new-tokens is its option",
     "num_return_sequences": "a question has one answer",
     "return_dict_in_generate": "the answers alone are wanted",
     "stop_strings": "an answer ends at its end token or at the largest number of tokens",
     "dola_layers": "DoLa is code on the hub, and nothing is downloaded",
     "penalty_alpha": "contrastive search is code on the hub, and nothing is downloaded",
+    "num_beam_groups": "group beam search is code on the hub, and nothing is downloaded",
+    "diversity_penalty": "group beam search is code on the hub, and nothing is downloaded",
+    "constraints": "constrained beam search is code on the hub, and nothing is downloaded",
+    "force_words_ids": "constrained beam search is code on the hub, and nothing is downloaded",
 }
+TEXTS = ("cache_implementation", "early_stopping")  # the settings that may be text
 
 
 def check_changes(changes: dict[str, Any]) -> None:
-    """Raises ValueError for a setting that transformers does not know, or that is not the user's here."""
+    """Raises ValueError for a setting that transformers does not know or ignores, or that is not the user's here."""
     from transformers import GenerationConfig
+    from transformers.utils import logging
 
-    for key in changes:
+    known = {name for name in vars(GenerationConfig()) if name != "transformers_version" and not name.startswith("_")}
+    for key, value in changes.items():
         if key in OWN:
             raise ValueError(f"--generation {key}: {OWN[key]}")
-        if not hasattr(GenerationConfig(), key):
+        if key not in known:
             raise ValueError(f"--generation {key}: transformers has no such setting")
+        if isinstance(value, str) and key not in TEXTS:
+            raise ValueError(f"--generation {key} must be true, a number, a list or the like, got the text {value!r}")
+        if key == "do_sample" and not isinstance(value, bool):
+            raise ValueError(f"--generation do_sample must be true or false, got {value!r}")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is an error here
+    try:
+        GenerationConfig(**{"do_sample": False, "num_beams": 1, **changes}).validate(strict=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--generation: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def neutral_config(model, max_new_tokens: int, changes: dict[str, Any]):

@@ -55,9 +55,8 @@ class Mmhal(Benchmark):
         return "the response template"
 
     def responses(self, answers: list[tuple[Item, Answer]]) -> list[dict]:
-        """The template with the answers, for the judge."""
-        texts = {item.id: answer.text for item, answer in answers}
-        return [record | {"model_answer": texts[number]} for number, record in enumerate(self.template)]
+        """The template's records of what was answered, with the answers, for the judge."""
+        return [self.template[int(item.id)] | {"model_answer": answer.text} for item, answer in answers]
 
     def read_judged(self, path: str) -> list[tuple[Item, Answer]]:
         """A judge's file: what the API gave for every answer, in order (`choices[0].message.content`)."""

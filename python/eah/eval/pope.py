@@ -56,10 +56,8 @@ def _questions(path: str) -> list[Item]:
         label = field(record, "label", path, number)
         if label not in ("yes", "no"):
             raise ValueError(f"{path}, record {number}: label must be yes or no, got {label!r}")
-        id, image, text = (
-            record.get("question_id", number),
-            *(field(record, k, path, number) for k in ("image", "text")),
-        )
+        id = field(record, "question_id", path, number, (int, str)) if "question_id" in record else number
+        image, text = (field(record, name, path, number) for name in ("image", "text"))
         items.append(Item(id, image, text.strip(), label))
     by_key(((item.id, item) for item in items), path, "question_id")
     return items

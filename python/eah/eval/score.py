@@ -12,6 +12,7 @@ from eah.eval.bootstrap import LEVEL, interval, resampled
 from eah.eval.files import write_json, write_records
 
 SCHEMA = "eah-eval/1"
+HELD = ("bench", "rows", "summary")  # what no result.json of a run or score is without
 Answered = Mapping[tuple[str, str], list[tuple[Item, Answer]]]  # by variant and part, the first variant first
 
 

@@ -23,6 +23,9 @@ def start(benchmark, scoring: dict, arguments) -> int:
     if not Path(arguments.model).is_dir():
         raise ValueError(f"--model must be a folder, and there is none {arguments.model}; nothing is downloaded")
     changes = dict(arguments.generation)
+    for key in changes:
+        if [name for name, _ in arguments.generation].count(key) > 1:
+            raise ValueError(f"--generation {key} was given twice")
     check_changes(changes)
     check_form(arguments.prompt_format, "--prompt-format")
     variants = product(
@@ -30,6 +33,11 @@ def start(benchmark, scoring: dict, arguments) -> int:
     )
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise ValueError(f"--seeds must be distinct, got {' '.join(map(str, arguments.seeds))}")
+    if len(arguments.seeds) > 1 and not changes.get("do_sample"):
+        raise ValueError(
+            f"--seeds {' '.join(map(str, arguments.seeds))} are of sampling: --generation do_sample=true; "
+            "greedy answers are the same for each"
+        )
     parts = benchmark.parts
     if benchmark.name == "chair" and not arguments.image_list:
         parts = with_files(parts, arguments.images)  # COCO's folder holds one split, the annotations often two

@@ -61,8 +61,10 @@ def _read(path: str) -> dict[str, np.ndarray]:
         word, *numbers = line.split()
         try:
             vectors[word] = np.array([float(text) for text in numbers])
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} must be a word and numbers: {error}") from error
+        except ValueError:
+            vectors[word] = np.array([np.nan])
+        if not np.isfinite(vectors[word]).all():
+            raise ValueError(f"{path}, line {number} must be a word and finite numbers, got {line.strip()[:60]!r}")
         if len(numbers) != len(next(iter(vectors.values()))) or not numbers:
             raise ValueError(f"{path}, line {number} has {len(numbers)} numbers, the first has another count, or none")
     if not vectors:
