@@ -128,7 +128,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID", help="a model folder, or an id on the hub")
-    add("--image", required=True, metavar="FILE", help="the picture to look at")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--image", metavar="FILE", help="the picture to look at")
+    which.add_argument("--images", metavar="DIR", help="a folder of pictures: what they have in common")
     add("--prompt", required=True, metavar="TEXT")
     add("--out", required=True, metavar="DIR", help="where inspect.html, inspect.json and the pictures are written")
     add(
@@ -139,8 +141,11 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers that get pictures of their own: all, or 0 1 2 (default: the first four)",
     )
     add("--threshold", type=float, default=0.002, help="mean attention of a vision sink (default: 0.002)")
-    add("--compare", action="store_true", help="also answer without and with EAH, and show what changes")
+    add("--compare", action="store_true", help="of --image: also answer without and with EAH, and show what changes")
     add("--max-new-tokens", type=_count, default=128, metavar="N", help="of --compare (default: 128)")
+    add("--limit", type=_count, metavar="N", help="of --images: only the first N by name")
+    add("--calibrate", action="store_true", help="of --images: at which layer and threshold the choice is well defined")
+    add("--answers", metavar="DIR", help="of --images: the --out of eah eval run, density against hallucination")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--trust-remote-code", action="store_true", help="let the model's folder bring its own code")
 
@@ -226,7 +231,11 @@ def _inspect(arguments) -> int:
         if [] in arguments.layers and len(arguments.layers) > 1:
             raise ValueError("--layers must be all, or numbers such as 0 1 2, not both")
         arguments.layers = [n for word in arguments.layers for n in word]
-    written = module.inspect(arguments)
+    of_other = ("limit", "calibrate", "answers") if arguments.image else ("layers", "compare")
+    for name in of_other:
+        if getattr(arguments, name):
+            raise ValueError(f"--{name} is of {'--images' if arguments.image else '--image'}, which was not given")
+    written = (module.inspect if arguments.image else module.inspect_many)(arguments)
     print(json.dumps(written, indent=2) if arguments.json else "\n".join(written.values()))
     return 0
 

@@ -39,6 +39,60 @@ def inspect(arguments) -> dict:
     return {"page": str(page), "numbers": str(out / "inspect.json")}
 
 
+def inspect_many(arguments) -> dict:
+    """Looks at a folder of pictures, calibrates if asked to, writes, and says where; the same command goes on where an
+    interrupted one was.
+
+    Raises:
+        As `inspect`; also where --out was begun with other settings.
+    """
+    from eah.eval.journal import alone_in
+    from eah.inspect import many, overview
+
+    check_threshold(arguments.threshold)
+    paths = many.pictures_in(arguments.images, arguments.limit)
+    answers = None if arguments.answers is None else many.hallucinations(arguments.answers)
+    processor, model = loaded(arguments)
+    out, settings = Path(arguments.out), {"model": arguments.model, "device": model.device.type}
+
+    def load(path: Path):
+        progress(f"looking at {path.name}")
+        return load_picture(str(path))[0]
+
+    with alone_in(out):
+        records, thresholds = many.look_at_all(
+            model, processor, paths, arguments.prompt, arguments.threshold, out, settings, load
+        )
+        calibration = _calibrate(model, processor, paths, records, thresholds, load, arguments)
+        progress("drawing")
+        names = {name: getattr(arguments, name) for name in ("model", "images", "prompt", "threshold")}
+        page = overview.write(records, names, out, _heads(model), answers, calibration)
+    written = {"page": str(page), "numbers": str(out / "inspect.json")}
+    if calibration is None:
+        return written
+    return {**written, "calibration": str(out / "calibration.json"), "commands": "\n".join(calibration["commands"])}
+
+
+def _calibrate(model, processor, paths, records, thresholds, load, arguments) -> dict | None:
+    from eah.inspect.calibrate import calibrate, candidates, command, first_token_kl
+
+    if not arguments.calibrate:
+        return None
+    cells, out = calibrate(records, thresholds), Path(arguments.out)
+    chosen = []
+    for cell in candidates(cells):
+        kl = first_token_kl(model, processor, paths, records, arguments.prompt, cell, out, load)
+        chosen.append({**cell, "kl": kl})
+    commands = [command(arguments.model, arguments.images, cell) for cell in chosen]
+    return {"thresholds": thresholds, "candidates": chosen, "commands": commands, "cells": cells}
+
+
+def _heads(model) -> int:
+    from eah.transformers.find import modules_with_maps, query_heads
+
+    return max(query_heads(module) for module in modules_with_maps(model)[0].values())
+
+
 def loaded(arguments):
     """The processor and the model, once it is sure that they can be looked at and drawn."""
     problem = why_no_enable()

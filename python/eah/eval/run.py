@@ -44,11 +44,13 @@ def tasks(variants: Mapping[str, Variant], base: bool, parts: Mapping[str, list[
 
 def check_settings(out: Path, settings: dict) -> None:
     """Refuses a folder that holds answers made with other settings, naming them; the settings may be some of them."""
-    path = out / "run.json"
-    answered = any(file.stat().st_size for file in (out / "answers").glob("*.jsonl"))
-    if not answered or not path.exists():
-        return
-    before = read_json(path)
+    if (out / "run.json").exists() and any(file.stat().st_size for file in (out / "answers").glob("*.jsonl")):
+        refuse_other_settings(out, settings)
+
+
+def refuse_other_settings(out: Path, settings: dict) -> None:
+    """Raises ValueError where they are not those of run.json."""
+    before = read_json(out / "run.json")
     was, now = _flat({name: before.get(name) for name in settings}), _flat(settings)
     names = [name for name in {**now, **was} if name not in NOT_COMPARED and was.get(name) != now.get(name)]
     other = [f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names]
