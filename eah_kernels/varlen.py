@@ -21,8 +21,10 @@ from eah_kernels.checks import (
     require_tensors,
 )
 from eah_kernels.masks import Scoring
-from eah_kernels.ops import REFUSED_GRAD
+from eah_kernels.ops import REFUSED_GRAD, backend_module
 from eah_kernels.precision import exact
+
+AT_ONCE = ("triton", "gluon")  # the backends with an `eah_attention_varlen`; the others take a sequence at a time
 
 
 def eah_attention_varlen(
@@ -44,8 +46,8 @@ def eah_attention_varlen(
 ) -> EAHResult:
     """`eah_attention` of N sequences of different lengths, packed without padding; names as in flash_attn_varlen_func.
 
-    Equal to N causal calls, each with the tokens of one sequence. Each has its own head, or none. The sequences are
-    taken one after the other.
+    Equal to N causal calls, each with the tokens of one sequence. Each has its own head, or none. Backend "triton"
+    takes all of them in as many launches as one, without a synchronisation; the others take one after the other.
 
     Args:
         query: (T, Hq, D), T tokens in all. float16, bfloat16, float32 or float64; any strides, as for key and value.
@@ -59,7 +61,10 @@ def eah_attention_varlen(
             must not overlap with itself or with the inputs'.
         The others as for `eah_attention`.
 
-    The values of cu_seqlens are read on the host and checked: on a GPU that synchronises.
+    Where it costs no synchronisation, on the CPU and in every other backend than "triton", the values of cu_seqlens are
+    checked and max_seqlen with them. "triton" on a device instead takes what they say within 0..T, and of each sequence
+    max_seqlen tokens at most: nothing beyond the tensors is read or written, and rows of the output that are then in no
+    sequence stay as they were.
 
     Returns:
         EAHResult: output (T, Hq, Dv) in query's dtype, `out` if it was given; head (N,) int32, -1 = none, as of an
@@ -97,7 +102,14 @@ def eah_attention_varlen(
 )
 def packed(query, key, value, image_mask, cu_seqlens, max_seqlen, output, *knobs_rules_backend):
     _check_apart(output, query=query, key=key, value=value)
-    return one_by_one(query, key, value, image_mask, cu_seqlens, max_seqlen, output, *knobs_rules_backend)
+    arguments = query, key, value, image_mask, cu_seqlens, max_seqlen, output
+    *knobs, scale, sliding_window, softcap, backend = knobs_rules_backend
+    if backend not in AT_ONCE:
+        return one_by_one(*arguments, *knobs_rules_backend)
+    if cu_seqlens.device.type == "cpu":
+        checked_bounds(cu_seqlens, max_seqlen, query.shape[0])
+    scoring = Scoring(None, True, scale, sliding_window, softcap)
+    return backend_module(backend).eah_attention_varlen(*arguments, *knobs, scoring)
 
 
 @packed.register_fake

@@ -16,6 +16,7 @@ from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_grou
 from eah_kernels.triton.loads import at, head_of, load_operand, load_values, mask_of, row_of, value_columns
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
 from eah_kernels.triton.scores import LOWEST, running_exps, score_block
+from eah_kernels.triton.sequences import lse_of, sequence_of
 from eah_kernels.triton.tiles import Tile
 
 AT_ONCE = 264  # programs of a finer tile that a large GPU holds: two on each of 132 multiprocessors
@@ -88,15 +89,23 @@ def attend_rows(
 @triton.jit(do_not_specialize=LENGTHS)
 def _attend_kernel(
     q, k, v, out, mask, packed, minus_lse, head_ptr, batch, units, heads, kv_heads, q_len, kv_len, window, scale,
+    cu_seqlens, tokens,
     R: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """units: groups of V.HEADS value heads. Of a row block, they come first, then the query heads."""
-    sizes = Sizes(q_len, kv_len, window)
     pid = tl.program_id(0)
     b = pid % batch
     unit = pid // batch % (units + heads)
     blocks = tl.num_programs(0) // (batch * (units + heads))
     start_m = (blocks - 1 - pid // (batch * (units + heads))) * BLOCK_M  # longest rows first
+    if cu_seqlens is not None:
+        first, q_len = sequence_of(cu_seqlens, tokens, b, q_len)
+        if start_m >= q_len:
+            return
+        kv_len = q_len
+        q, k, v, out = row_of(q, first), row_of(k, first), row_of(v, first), row_of(out, first)
+        minus_lse = lse_of(minus_lse, b, first)
+    sizes = Sizes(q_len, kv_len, window)
     h = tl.load(head_ptr + b)
     layer = Layer(q, k, v, out, mask, packed, minus_lse, kv_heads, sizes, scale)
     if unit < units:
@@ -109,7 +118,7 @@ def _attend_kernel(
 
 def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
     """Writes out (B, Hq, Sq, Dv), given head (B,) and minus_lse (B, Hq, padded_length), read where a head is chosen."""
-    batch, heads, q_len, _ = problem.query.shape
+    batch, heads = problem.query.shape[:2]
     kv_heads, value_dim = value.shape[1], value.shape[3]
     short = _short_tile(problem, kv_heads, value_dim)
     fast = None if short else problem.fast_tile("attend", value)
@@ -121,11 +130,12 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
     units, values = value_groups(kv_heads, value_dim, tile)
     return Launch(
         _attend_kernel,
-        batch * (units + heads) * cdiv(q_len, tile.block_m),
+        batch * (units + heads) * cdiv(problem.q_len, tile.block_m),
         tile,
         problem.arguments
         | dict(v=view(value), out=view(out), packed=problem.packed_for_keys(), head_ptr=head, V=values)
-        | dict(minus_lse=view_lines(minus_lse), units=units, heads=heads, kv_heads=kv_heads),
+        | dict(minus_lse=view_lines(minus_lse), units=units, heads=heads, kv_heads=kv_heads)
+        | problem.packing,
     )
 
 
@@ -134,6 +144,6 @@ def _short_tile(problem: Problem, kv_heads: int, value_dim: int) -> Tile | None:
     short = problem.short_tile("attend", value_dim)
     if short is None:
         return None
-    batch, _, q_len, _ = problem.query.shape
     units, _ = value_groups(kv_heads, value_dim, short)
-    return short if batch * units * cdiv(q_len, short.block_m) <= AT_ONCE else None
+    programs = problem.query.shape[0] * units * cdiv(problem.q_len, short.block_m)
+    return short if programs <= AT_ONCE else None

@@ -20,6 +20,8 @@ KEY_MASK: tl.constexpr = tl.constexpr(1)  # (B, Skv) float32, 0 or -inf, read by
 BOOL_MASK: tl.constexpr = tl.constexpr(2)  # (B, Hq, Sq, Skv) bool
 BIAS_MASK: tl.constexpr = tl.constexpr(3)  # (B, Hq, Sq, Skv) floating, added to the score
 
+LSE_PAD: tl.constexpr = tl.constexpr(128)  # the row log-sum-exps of a head are padded to a multiple of this
+
 # What a cell of CELL x CELL pairs holds, or a (B, Skv) mask's cell of CELL keys: a sum of these (pack.py)
 CELL: tl.constexpr = tl.constexpr(64)
 SHOWS: tl.constexpr = tl.constexpr(1)  # a visible pair

@@ -25,7 +25,7 @@ from eah_kernels.triton.bundles import (
 from eah_kernels.triton.tiles import FAST, SHORT, FastTile, Tile, find_short_tile, find_tile
 
 LOG2E = math.log2(math.e)
-LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
+LENGTHS = ["q_len", "kv_len", "window", "tokens"]  # not specialised on: most new prompt lengths compile nothing
 
 
 class Launch(NamedTuple):
@@ -47,6 +47,7 @@ class Problem:
 
     fast: whether the Gluon kernels may run, where they suit.
     by_key: a (B, Skv) mask is read by key, after pack.py; else like a boolean one of 4 dimensions.
+    cu_seqlens, longest: query and key are `packed_view`s of sequences; so many tokens are taken of any, at most.
     """
 
     def __init__(
@@ -57,12 +58,16 @@ class Problem:
         target: str | None = None,
         fast: bool = False,
         by_key: bool = True,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
     ):
         self.query, self.key = narrow(query), narrow(key)
         self.target = target or device_target(query.device)
         self.mask, mask_form, hidden = kernel_mask(scoring.attention_mask, by_key)
         self.packed: PackedMask | None = None  # pack.py fills it
         (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _) = query.shape, key.shape
+        self.packing: dict[str, Any] = dict(cu_seqlens=cu_seqlens, tokens=None if longest is None else q_len)
+        self.q_len, self.kv_len = q_len, kv_len = (q_len, kv_len) if longest is None else (longest, longest)
         windowed, capped = scoring.sliding_window is not None, scoring.softcap is not None
         self.masked = self.mask is not None or windowed
         if scoring.softcap is None:
@@ -111,8 +116,7 @@ class Problem:
 
     def short_tile(self, kernel: str, value_dim: int = 0) -> Tile | None:
         """The tile for a short prompt, from its first token on; None for any other problem."""
-        q_len, kv_len = self.query.shape[2], self.key.shape[2]
-        return find_short_tile(kernel, *self._row(value_dim)) if q_len == kv_len <= SHORT else None
+        return find_short_tile(kernel, *self._row(value_dim)) if self.q_len == self.kv_len <= SHORT else None
 
     def _row(self, value_dim: int) -> tuple[str, int, torch.dtype, bool]:
         return self.target, max(self.query.shape[-1], value_dim), self.query.dtype, self.masked
@@ -208,8 +212,13 @@ def mask_view(mask: Tensor) -> View:
     return View(mask, 2 * b + 1, 2 * h + 1, 2 * row + 1, column) if boolean else view(mask)
 
 
+def packed_view(tensor: Tensor, sequences: int) -> Tensor:
+    """(T, H, D) as (N, H, T, D), all tokens for each of N sequences; where it begins, a kernel reads (sequences.py)."""
+    return narrow(tensor.transpose(0, 1)[None]).expand(sequences, -1, -1, -1)
+
+
 def image_bytes(image_mask: Tensor) -> Tensor:
-    """(B, Skv) uint8, contiguous: a kernel needs no stride of it."""
+    """(B, Skv) or (T,) uint8, contiguous: a kernel needs no stride of it."""
     return image_mask.contiguous().view(torch.uint8)
 
 

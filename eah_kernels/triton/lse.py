@@ -8,28 +8,31 @@ the next pass adds to.
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import NO_MASK, RowBlock, Sizes, Tally
+from eah_kernels.triton.bundles import LSE_PAD, NO_MASK, RowBlock, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
-from eah_kernels.triton.loads import at, count_image_tokens, has_image_token, head_of, load_operand, mask_of
+from eah_kernels.triton.loads import at, count_image_tokens, has_image_token, head_of, load_operand, mask_of, row_of
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
 from eah_kernels.triton.scores import LOWEST, running_exps, score_block
-
-LSE_PAD = 128
-PADDED_TO: tl.constexpr = tl.constexpr(LSE_PAD)
+from eah_kernels.triton.sequences import is_past, lse_of, sequence_of
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _lse_kernel(
     q, k, mask, packed, image, head_ptr, tally, minus_lse, batch, heads, q_len, kv_len, window, scale,
+    cu_seqlens, tokens,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """With a head_ptr only head head_ptr[b], nothing where it is -1. With an image nothing for a batch row without an
     image token; the tally is then counted and zeroed."""
-    sizes = Sizes(q_len, kv_len, window)
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
     start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
+    if cu_seqlens is not None:
+        first, q_len = sequence_of(cu_seqlens, tokens, b, q_len)
+        kv_len = q_len
+        q, k, minus_lse = row_of(q, first), row_of(k, first), lse_of(minus_lse, b, first)
+    sizes = Sizes(q_len, kv_len, window)
     out_ptr = head_of(minus_lse, b, h).ptr + start_m
     cells, words = packed.cells, packed.words
     if head_ptr is not None:
@@ -37,7 +40,7 @@ def _lse_kernel(
         if h < 0:
             return
     if image is not None:
-        image = at(image, b, kv_len)
+        image = at(image, b, kv_len) if cu_seqlens is None else image + first
         if start_m == 0:
             tl.store(tally.counts + b * heads + h, 0)
             if h == 0:
@@ -52,7 +55,9 @@ def _lse_kernel(
         words = head_of(words, b, h)
 
     local_m = tl.arange(0, BLOCK_M)
-    if BLOCK_M < PADDED_TO and start_m >= q_len:
+    if cu_seqlens is not None and is_past(start_m, q_len):
+        return
+    if BLOCK_M < LSE_PAD and start_m >= q_len:
         tl.store(out_ptr + local_m, tl.full([BLOCK_M], float("-inf"), tl.float32))
         return
     real = start_m + local_m < q_len
@@ -87,13 +92,14 @@ def lse(problem: Problem, out, *, image=None, tally: Tally | None = None, head=N
     batch, heads = out.shape[:2]
     return Launch(
         _lse_kernel,
-        batch * heads * (out.shape[2] // tile.block_m),
+        batch * heads * (padded_length(problem.q_len) // tile.block_m),
         tile,
         problem.arguments
         | dict(packed=problem.packed_for_keys(), image=image, head_ptr=head, tally=tally)
-        | dict(minus_lse=view_lines(out), heads=heads),
+        | dict(minus_lse=view_lines(out), heads=heads)
+        | problem.packing,
     )
 
 
 def padded_length(q_len: int) -> int:
-    return cdiv(q_len, LSE_PAD) * LSE_PAD
+    return cdiv(q_len, LSE_PAD.value) * LSE_PAD.value

@@ -16,8 +16,10 @@ from torch import Tensor
 from eah_kernels.triton.bundles import KEY_MASK, NO_MASK, Choice, Pairs, Sizes, Tally
 from eah_kernels.triton.launch import Launch, Problem, cdiv, power_of_two, view, view_lines
 from eah_kernels.triton.loads import at, count_image_tokens, dot_rows, head_of, load_operand, row_of
+from eah_kernels.triton.lse import padded_length
 from eah_kernels.triton.ranges import seeing_rows
 from eah_kernels.triton.scores import LOWEST, counting_rows, score_tile, shown_keys
+from eah_kernels.triton.sequences import is_past, lse_of, sequence_of
 from eah_kernels.triton.sinks import choose_head, comes_last
 
 KEYS_STEP = 256  # kernels are compiled for multiples of this
@@ -60,20 +62,24 @@ def count_sinks(
     return tl.sum((is_image & (column_mean > threshold)).to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["q_len", "window"])
+@triton.jit(do_not_specialize=["q_len", "window", "tokens"])
 def _one_pass_kernel(
     q, k, mask, packed, image, minus_lse, mass, tally, threshold, choice, batch, heads, q_len, window, scale,
+    cu_seqlens, tokens,
     R: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """q_len rows and as many keys, KEYS at most. mass: a line for each block of rows. AHEAD: a tile of keys is loaded
     during the product of the one before."""
-    sizes = Sizes(q_len, q_len, window)
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
     start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
     before = packed.before
-    image = at(image, b, q_len)
+    if cu_seqlens is not None:
+        first_token, q_len = sequence_of(cu_seqlens, tokens, b, q_len)
+        q, k, minus_lse = row_of(q, first_token), row_of(k, first_token), lse_of(minus_lse, b, first_token)
+    sizes = Sizes(q_len, q_len, window)
+    image = at(image, b, q_len) if cu_seqlens is None else image + first_token
     image_tokens = count_image_tokens(image, q_len)
     if image_tokens == 0:
         if start_m == 0:
@@ -84,6 +90,8 @@ def _one_pass_kernel(
     local_m, local_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row = start_m + local_m
     lse_ptr = head_of(minus_lse, b, h).ptr + row
+    if cu_seqlens is not None and is_past(start_m, q_len):
+        return
     if start_m >= q_len:
         tl.store(lse_ptr, tl.full([BLOCK_M], float("-inf"), tl.float32))
         return
@@ -174,18 +182,19 @@ def one_pass(problem: Problem, image, threshold, minus_lse, sink_counts, tickets
     """
     tile = problem.short_tile("one_pass")
     assert tile is not None  # takes(problem)
-    batch, heads, q_len, _ = problem.query.shape
-    keys = cdiv(q_len, KEYS_STEP) * KEYS_STEP
-    mass = minus_lse.new_empty(batch, heads, cdiv(q_len, tile.block_m), keys)
+    batch, heads = problem.query.shape[:2]
+    keys = cdiv(problem.q_len, KEYS_STEP) * KEYS_STEP
+    mass = minus_lse.new_empty(batch, heads, cdiv(problem.q_len, tile.block_m), keys)
     arguments = {name: value for name, value in problem.arguments.items() if name != "kv_len"}
     return Launch(
         _one_pass_kernel,
-        batch * heads * (minus_lse.shape[2] // tile.block_m),
+        batch * heads * (padded_length(problem.q_len) // tile.block_m),
         tile,
         arguments
         | dict(packed=problem.packed_for_rows(), image=image, minus_lse=view_lines(minus_lse))
         | dict(mass=view(mass), tally=Tally(sink_counts, tickets), threshold=threshold, choice=choice, heads=heads)
-        | dict(KEYS=keys, AHEAD=tile.num_stages > 1),
+        | dict(KEYS=keys, AHEAD=tile.num_stages > 1)
+        | problem.packing,
         form=keys,
     )
 

@@ -10,9 +10,10 @@ import triton.language as tl
 
 from eah_kernels.triton.bundles import BIAS_MASK, CELL, KEY_MASK, NO_MASK, Choice, Pairs, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
-from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, mask_of
+from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, mask_of, row_of
 from eah_kernels.triton.ranges import BEFORE, place, row_range, seeing_rows, walk
 from eah_kernels.triton.scores import add_entries, counting_rows, score_tile, shown_keys, unpack
+from eah_kernels.triton.sequences import lse_of, sequence_of
 
 
 @triton.jit
@@ -49,17 +50,24 @@ def finish(b, batch, heads, tally, choice):
 @triton.jit(do_not_specialize=LENGTHS)
 def _sinks_kernel(
     q, k, mask, packed, image, minus_lse, tally, mean, threshold, choice, batch, heads, q_len, kv_len, window, scale,
+    cu_seqlens, tokens,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    sizes = Sizes(q_len, kv_len, window)
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
+    if cu_seqlens is not None:
+        first, q_len = sequence_of(cu_seqlens, tokens, b, q_len)
+        kv_len = q_len
+        q, k, minus_lse = row_of(q, first), row_of(k, first), lse_of(minus_lse, b, first)
+    sizes = Sizes(q_len, kv_len, window)
     start_n = pid // (batch * heads) * BLOCK_N  # under a causal mask, longest columns first
     local_n = tl.arange(0, BLOCK_N)
     key = start_n + local_n
     cells, words, counts_of, before = packed.cells, packed.words, packed.counts, packed.before
-    is_image = tl.load(at(image, b, kv_len) + key, mask=key < kv_len, other=0) != 0
+    inside = key < kv_len
+    image = at(image, b, kv_len) if cu_seqlens is None else image + first
+    is_image = tl.load(image + key, mask=inside, other=0) != 0
     if tl.sum(is_image.to(tl.int32), 0) == 0:
         if choice is not None:
             finish(b, batch, heads, tally, choice)
@@ -136,9 +144,10 @@ def sinks(
     batch, heads, _, _ = problem.query.shape
     return Launch(
         _sinks_kernel,
-        batch * heads * cdiv(problem.key.shape[2], tile.block_n),
+        batch * heads * cdiv(problem.kv_len, tile.block_n),
         tile,
         problem.arguments
         | dict(packed=problem.packed_for_rows(), image=image, mean=column_mean, threshold=threshold)
-        | dict(minus_lse=view_lines(minus_lse), tally=tally, choice=choice, heads=heads),
+        | dict(minus_lse=view_lines(minus_lse), tally=tally, choice=choice, heads=heads)
+        | problem.packing,
     )

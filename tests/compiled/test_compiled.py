@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 
-from eah_kernels import reference, shared_map_attention
+from eah_kernels import eah_attention_varlen, reference, shared_map_attention, varlen
 
-from ..kernels import test_backends, test_decode_kernel
+from ..kernels import test_backends, test_decode_kernel, test_varlen
 from ..support.cases import Case, assert_close, check, exact, make, run
 from .triton_launch import compiled
 
@@ -90,6 +90,43 @@ def test_decode(case, dtype, target):
 def test_statistics_choice_and_a_given_head(case, dtype, target):
     with compiled(target, seed=5):
         check(case, "triton", dtype)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "options"),
+    [
+        ([70, 0, 33, 150], BRAIN, dict(sliding_window=60)),
+        ([129, 20], HALF, dict(broadcast_to=2)),
+        ([130, 0, 3], SINGLE, dict()),
+    ],
+    ids=str,
+)
+def test_packed_sequences(lengths, dtype, options, target):
+    inputs = test_varlen.make(lengths, dim=64, dtype=dtype)
+    results = []
+    for seed in (0, 1):
+        with compiled(target, seed=seed):
+            results.append(test_varlen.check(inputs, "triton", **options))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_bounds_that_cannot_be_checked_reach_nothing_beyond_the_tensors(target, dtype, monkeypatch):
+    """Clamped on the device, and rows past max_seqlen are left: the emulator refuses every access outside."""
+    monkeypatch.setattr(varlen, "checked_bounds", lambda *_: None)
+    *operands, _ = test_varlen.make([200], dim=64, dtype=dtype)
+    bounds = torch.tensor([-70, 90, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    out = torch.full_like(operands[0], 7.0)
+    with compiled(target, seed=2):
+        head = eah_attention_varlen(*operands, bounds, 70, out=out, backend="triton").head
+        one = torch.tensor([0, 70], dtype=torch.int32)
+        first, second = (
+            eah_attention_varlen(*(t[rows] for t in operands), one, 70, backend="triton")
+            for rows in (slice(70), slice(90, 160))
+        )
+    assert torch.equal(out[:70], first.output) and torch.equal(out[90:160], second.output)
+    assert out[70:90].eq(7).all() and out[160:].eq(7).all()
+    assert head.tolist() == [*first.head.tolist(), *second.head.tolist(), -1]
 
 
 def test_ties_go_to_the_lower_head(target):

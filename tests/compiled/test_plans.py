@@ -7,7 +7,7 @@ import random
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from itertools import count
+from itertools import accumulate, count
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from eah_kernels import backends, eah_attention, shared_map_attention, sink_statistics
+from eah_kernels import backends, eah_attention, eah_attention_varlen, shared_map_attention, sink_statistics
 from eah_kernels.triton import few_rows, plan
 from eah_kernels.triton import launch as launching
 
@@ -155,22 +155,29 @@ def odd(tensor, rng):
     return tensor.clone()
 
 
-def test_a_plan_takes_the_build_that_triton_would(gpu):
-    """Random lengths, dimensions, strides, addresses and masks; each problem's own way is asked for beside the plan."""
-    lengths, taken = random.Random(0), 0
+@contextmanager
+def beside_triton():
+    """Of each launch from a plan, the build that Triton's own way takes is asked for. Yields their names."""
+    taken = []
 
     def checked(self, *launches):
-        nonlocal taken
         for one in launches:
             build = self.builds.get((one.kernel.fn, one.tile, one.form))
             if build is not None:
-                taken += 1
+                taken.append(one.kernel.fn.__name__)
                 own = one.kernel.warmup(grid=(one.programs,), **one.arguments, **one.tile.options)
                 assert build is own, (one.kernel.fn.__name__, one.arguments)
         return launch(self, *launches)
 
     launch = plan.Plan.launch
     with mock.patch.object(plan.Plan, "launch", checked):
+        yield taken
+
+
+def test_a_plan_takes_the_build_that_triton_would(gpu):
+    """Random lengths, dimensions, strides, addresses and masks; each problem's own way is asked for beside the plan."""
+    lengths = random.Random(0)
+    with beside_triton() as taken:
         for number in range(160):
             rng = random.Random(number % 40)  # every form four times, most with other lengths
             length, dim, heads = lengths.choice([17, 18, 32, 33, 48]), rng.choice([16, 24, 64]), rng.choice([1, 2])
@@ -187,7 +194,39 @@ def test_a_plan_takes_the_build_that_triton_would(gpu):
             shared_map_attention(few, key, key, head, attention_mask=short, backend="triton")
             shared_map_attention(query, key, odd(key, rng), head, **options)
             sink_statistics(query, key, image, return_column_mean=rng.random() < 0.5, **options)
-    assert taken > 500
+    assert len(taken) > 500
+
+
+def step_of(lengths, rng=None):
+    """Packed sequences, of which the first has an image."""
+    tokens, bounds = sum(lengths), [0, *accumulate(lengths)]
+    query, key, out = rows(tokens, batch=1), rows(tokens, 2, batch=1), None
+    cu_seqlens = torch.tensor([*bounds, 0], dtype=torch.int32)[:-1]
+    options = {}
+    if rng is not None:
+        query, key = odd(query, rng), odd(key, rng)
+        out = rng.choice([None, torch.zeros(tokens, 2 * H, D, dtype=torch.bfloat16)[:, ::2]])
+        cu_seqlens = rng.choice([cu_seqlens, torch.tensor([0, *bounds], dtype=torch.int32)[1:]])
+        options = dict(broadcast_to=rng.choice(["all", 2]), sliding_window=rng.choice([None, 9]))
+    query, key = (tensor[0].transpose(0, 1) for tensor in (query, key))
+    image = IMAGE[0, :tokens]
+    return eah_attention_varlen(query, key, key, image, cu_seqlens, max(lengths), out=out, backend="triton", **options)
+
+
+def test_packed_sequences(gpu):
+    """One launch of each kernel whatever their number, and a new step of as many compiles nothing."""
+    for launches, steps in ((2, ([40, 16, 0], [33, 1, 48])), (3, ([900, 1, 7], [100, 1000, 17]))):
+        gpu.builds.clear()
+        for lengths in steps:
+            gpu.launched.clear()
+            step_of(lengths)
+            assert len(gpu.launched) == launches
+        assert gpu.builds.total() == launches, gpu.builds
+    with beside_triton() as taken:
+        for number in range(60):
+            lengths = [random.Random(number).choice([0, 16, 17, 40, 64]) for _ in range(3)]
+            step_of([*lengths, 5], random.Random(number % 15))
+    assert len(taken) > 60
 
 
 def calls_of(function):
