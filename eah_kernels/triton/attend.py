@@ -89,10 +89,10 @@ def attend_rows(
 @triton.jit(do_not_specialize=LENGTHS)
 def _attend_kernel(
     q, k, v, out, mask, packed, minus_lse, head_ptr, batch, units, heads, kv_heads, q_len, kv_len, window, scale,
-    cu_seqlens, tokens,
     R: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """units: groups of V.HEADS value heads. Of a row block, they come first, then the query heads."""
+    batch, cu_seqlens, tokens = batch
     pid = tl.program_id(0)
     b = pid % batch
     unit = pid // batch % (units + heads)
@@ -135,7 +135,7 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
         problem.arguments
         | dict(v=view(value), out=view(out), packed=problem.packed_for_keys(), head_ptr=head, V=values)
         | dict(minus_lse=view_lines(minus_lse), units=units, heads=heads, kv_heads=kv_heads)
-        | problem.packing,
+        | dict(batch=problem.batch),
     )
 
 

@@ -82,6 +82,15 @@ class Partial(NamedTuple):
     stat: Any  # (B, Hq, Sq, parts, 2): each row's maximum score and its sum of exponentials
 
 
+class Batch(NamedTuple):
+    """How many batch rows there are, or packed sequences: then where each begins and ends, and how many tokens there
+    are. That number comes doubled plus one, as launch.mask_view passes strides."""
+
+    number: Any
+    cu_seqlens: Any = None
+    tokens: Any = None
+
+
 class Scale(NamedTuple):
     """Scores in log2 units: product * factor; under a soft-cap, cap * tanh(product * factor)."""
 

@@ -15,6 +15,7 @@ from eah_kernels.triton.bundles import (
     BOOL_MASK,
     KEY_MASK,
     NO_MASK,
+    Batch,
     Packed,
     PackedMask,
     Rules,
@@ -25,7 +26,7 @@ from eah_kernels.triton.bundles import (
 from eah_kernels.triton.tiles import FAST, SHORT, FastTile, Tile, find_short_tile, find_tile
 
 LOG2E = math.log2(math.e)
-LENGTHS = ["q_len", "kv_len", "window", "tokens"]  # not specialised on: most new prompt lengths compile nothing
+LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
 
 
 class Launch(NamedTuple):
@@ -66,7 +67,7 @@ class Problem:
         self.mask, mask_form, hidden = kernel_mask(scoring.attention_mask, by_key)
         self.packed: PackedMask | None = None  # pack.py fills it
         (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _) = query.shape, key.shape
-        self.packing: dict[str, Any] = dict(cu_seqlens=cu_seqlens, tokens=None if longest is None else q_len)
+        self.batch = Batch(batch) if longest is None else Batch(batch, cu_seqlens, 2 * q_len + 1)
         self.q_len, self.kv_len = q_len, kv_len = (q_len, kv_len) if longest is None else (longest, longest)
         windowed, capped = scoring.sliding_window is not None, scoring.softcap is not None
         self.masked = self.mask is not None or windowed

@@ -19,11 +19,11 @@ from eah_kernels.triton.sequences import is_past, lse_of, sequence_of
 @triton.jit(do_not_specialize=LENGTHS)
 def _lse_kernel(
     q, k, mask, packed, image, head_ptr, tally, minus_lse, batch, heads, q_len, kv_len, window, scale,
-    cu_seqlens, tokens,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """With a head_ptr only head head_ptr[b], nothing where it is -1. With an image nothing for a batch row without an
     image token; the tally is then counted and zeroed."""
+    batch, cu_seqlens, tokens = batch
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
@@ -97,7 +97,7 @@ def lse(problem: Problem, out, *, image=None, tally: Tally | None = None, head=N
         problem.arguments
         | dict(packed=problem.packed_for_keys(), image=image, head_ptr=head, tally=tally)
         | dict(minus_lse=view_lines(out), heads=heads)
-        | problem.packing,
+        | dict(batch=problem.batch),
     )
 
 

@@ -62,14 +62,14 @@ def count_sinks(
     return tl.sum((is_image & (column_mean > threshold)).to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["q_len", "window", "tokens"])
+@triton.jit(do_not_specialize=["q_len", "window"])
 def _one_pass_kernel(
     q, k, mask, packed, image, minus_lse, mass, tally, threshold, choice, batch, heads, q_len, window, scale,
-    cu_seqlens, tokens,
     R: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """q_len rows and as many keys, KEYS at most. mass: a line for each block of rows. AHEAD: a tile of keys is loaded
     during the product of the one before."""
+    batch, cu_seqlens, tokens = batch
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
@@ -194,7 +194,7 @@ def one_pass(problem: Problem, image, threshold, minus_lse, sink_counts, tickets
         | dict(packed=problem.packed_for_rows(), image=image, minus_lse=view_lines(minus_lse))
         | dict(mass=view(mass), tally=Tally(sink_counts, tickets), threshold=threshold, choice=choice, heads=heads)
         | dict(KEYS=keys, AHEAD=tile.num_stages > 1)
-        | problem.packing,
+        | dict(batch=problem.batch),
         form=keys,
     )
 

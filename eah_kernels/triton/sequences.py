@@ -13,7 +13,9 @@ from eah_kernels.triton.loads import at
 
 @triton.jit
 def sequence_of(cu_seqlens, tokens, b, longest):
-    """Sequence b's first token and its length, whatever cu_seqlens holds within 0 .. tokens and 0 .. longest."""
+    """Sequence b's first token and its length, whatever cu_seqlens holds within the tokens and 0 .. longest. tokens: as
+    in Batch."""
+    tokens = tokens >> 1
     first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), tokens)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), 0), tokens)
     return first, tl.minimum(tl.maximum(end - first, 0), longest)

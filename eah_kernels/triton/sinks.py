@@ -50,9 +50,9 @@ def finish(b, batch, heads, tally, choice):
 @triton.jit(do_not_specialize=LENGTHS)
 def _sinks_kernel(
     q, k, mask, packed, image, minus_lse, tally, mean, threshold, choice, batch, heads, q_len, kv_len, window, scale,
-    cu_seqlens, tokens,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    batch, cu_seqlens, tokens = batch
     pid = tl.program_id(0)
     b = pid % batch
     h = pid // batch % heads
@@ -149,5 +149,5 @@ def sinks(
         problem.arguments
         | dict(packed=problem.packed_for_rows(), image=image, mean=column_mean, threshold=threshold)
         | dict(minus_lse=view_lines(minus_lse), tally=tally, choice=choice, heads=heads)
-        | problem.packing,
+        | dict(batch=problem.batch),
     )

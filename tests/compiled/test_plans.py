@@ -252,7 +252,7 @@ def test_the_second_time_triton_binds_nothing(gpu):
         launches = len(gpu.launched)
         query, key, value, head = rows(101), rows(101, 2), rows(113, 2), torch.zeros(2, dtype=torch.int32)
         image, last = IMAGE[:, :101].contiguous(), rows(1)
-        assert calls_of(lambda: eah_attention(query, key, key, image, backend="triton")) <= 135
+        assert calls_of(lambda: eah_attention(query, key, key, image, backend="triton")) <= 140
         assert len(gpu.launched) == launches + 2
         assert calls_of(lambda: shared_map_attention(last, value, value, head, backend="triton")) <= 105
         assert len(gpu.launched) == launches + 4
