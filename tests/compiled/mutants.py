@@ -1,6 +1,6 @@
 """Planted faults: every place where a fixed operator changes the compiled code, and whether the emulator notices.
 
-python -m tests.compiled.mutants [--sample N] [--seed S] [--target T ...]
+python -m tests.compiled.mutants [--sample N] [--seed S] [--target T ...] [--journal FILE] [--minutes M]
 
 A change is caught when the emulator finds something wrong or a bit of a result differs from the unchanged code's, which
 test_compiled.py holds to the reference. Not tried are changes that no problem feels: code that is not reached, a wait
@@ -15,10 +15,14 @@ after a change to a kernel that gives registers other names, or about a change t
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import math
 import os
 import random
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -36,7 +40,7 @@ from .problems import SEEDS, Replay, by_build, cuda_launches, launches
 from .ptx import Kernel, Statement
 
 LIST = Path(__file__).parent / "equivalent.txt"
-OUTCOMES = ("noticed", "missed", "unfelt", "equivalent")
+OUTCOMES = ("noticed", "missed", "unfelt", "equivalent", "untried")
 STRICT = ("copy wait", "wgmma wait", "wgmma fence", "proxy fence", "order")
 
 
@@ -135,36 +139,86 @@ def feeling(replays: list[Replay], mutant: Mutant) -> list[Replay]:
     return sorted((r for r in replays if r.happened.get(line, 0) & mutant.feels), key=lambda r: r.steps)
 
 
-def examine(target: str, build: str, mutants: list[Mutant]) -> list[str]:
-    """For each mutant how it was caught, or nothing. In a process of its own."""
-    replays = recorded(target)[build]
-    program = replays[0].launched.program
+class Trial(NamedTuple):
+    """A change that a problem feels. code: its kernel's statements, hashed. steps: of all the launches that feel it."""
+
+    target: str
+    build: str
+    code: str
+    mutant: Mutant
+    steps: int
+
+
+def examine(trials: list[Trial]) -> list[str]:
+    """How each was caught, or nothing. In a process of its own."""
     found = []
-    for mutant in mutants:
-        executable = Executable(changed(program, mutant))
-        seeds = SEEDS if mutant.operator in STRICT else SEEDS[:1]
-        found.append(
-            next((how for replay in feeling(replays, mutant) if (how := replay.caught(executable, seeds))), "")
-        )
+    for trial in trials:
+        replays = recorded(trial.target)[trial.build]
+        executable = Executable(changed(replays[0].launched.program, trial.mutant))
+        seeds = SEEDS if trial.mutant.operator in STRICT else SEEDS[:1]
+        caught = (replay.caught(executable, seeds) for replay in feeling(replays, trial.mutant))
+        found.append(next((how for how in caught if how), ""))
     return found
 
 
+class Journal:
+    """What was found so far, a line of JSON for each change: a run that was stopped goes on from there.
+
+    What was missed is tried again where other launches feel it by now.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path, self.found = path, dict[str, tuple[int, str]]()
+        if path and path.exists():
+            for line in path.read_text().splitlines():
+                key, steps, how = json.loads(line)
+                self.found[key] = steps, how
+
+    @staticmethod
+    def key(trial: Trial) -> str:
+        return f"{trial.code} {trial.mutant.at} {trial.mutant.operator} {trial.mutant.statement}"
+
+    def known(self, trial: Trial) -> str | None:
+        """How it was caught, "" where it was missed, None where it must be tried."""
+        steps, how = self.found.get(self.key(trial), (0, ""))
+        return how if how or steps == trial.steps else None
+
+    def add(self, trial: Trial, how: str) -> None:
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps([self.key(trial), trial.steps, how]) + "\n")
+
+
 class Survey(NamedTuple):
-    """scores: how many changes of a target and an operator were OUTCOMES; of `unfelt` all, of the others the sample."""
+    """scores: how many changes of a target and an operator were OUTCOMES."""
 
     scores: Counter[tuple[str, str, str]]
     missed: list[str]
     wrong: list[str]  # what is to be said about lines of the list
 
     def table(self) -> list[str]:
-        rows = []
-        for target, operator in sorted({key[:2] for key in self.scores}):
-            noticed, missed, unfelt, equivalent = (self.scores[target, operator, outcome] for outcome in OUTCOMES)
-            rows.append(
-                f"{target:6} {operator:12} noticed {noticed:5} of {noticed + missed:5} tried; "
-                f"felt by no problem {unfelt:4}, equivalent {equivalent:4}"
-            )
-        return rows
+        return [self.row(*key) for key in sorted({key[:2] for key in self.scores})]
+
+    def row(self, target: str, operator: str) -> str:
+        """The score is of all sites but the equivalent ones; where not all were tried, with its 95 % interval."""
+        noticed, missed, unfelt, equivalent, untried = (self.scores[target, operator, outcome] for outcome in OUTCOMES)
+        tried, sites = noticed + missed, noticed + missed + unfelt + untried
+        low, share, high = (100 * (noticed + untried * part) / max(sites, 1) for part in shares(noticed, tried))
+        return (
+            f"{target:6} {operator:12} {share:5.1f} %{f' ({low:.1f} to {high:.1f})' if untried else ''}: "
+            f"noticed {noticed:5} of {tried:5} tried; not tried {untried}, felt by no problem {unfelt}; "
+            f"equivalent {equivalent}"
+        )
+
+
+def shares(count: int, of: int) -> tuple[float, float, float]:
+    """A share between the ends of its 95 % interval (Wilson's)."""
+    if not of:
+        return 0.0, 0.0, 1.0
+    z, share = 1.96, count / of
+    middle = (share + z * z / 2 / of) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / 4 / of**2)
+    return middle - half, share, middle + half
 
 
 def listed() -> list[tuple[int, re.Pattern, str]]:
@@ -178,18 +232,20 @@ def told(kernel: Kernel, mutant: Mutant) -> str:
     return f"{kernel.name} | {mutant.operator} | {statement.location} | {statement} -> {mutant.statement}"
 
 
-def survey(targets, sample: int, seed: int, processes: int, operators=(), more=True) -> Survey:
-    """sample: how many are tried, 0 for all. operators: of which ones, if not of all. more: on MORE_LAYERS too."""
-    reasons = listed()
+def survey(
+    targets, sample=0, seed=0, processes=1, operators=(), more=True, journal=None, seconds: float = math.inf
+) -> Survey:
+    """sample: how many are tried, 0 for all. operators: of which ones, if not of all. more: on MORE_LAYERS too.
+
+    seconds: after which no more are tried. Which ones are, and in which order, is as the seed says.
+    """
+    reasons, journal, end = listed(), journal or Journal(), time.monotonic() + seconds
     needed: set[int] = set()
     scores: Counter[tuple[str, str, str]] = Counter()
-    work, missed, wrong = [], [], []
-
-    def lines_about(kernel: Kernel, mutant: Mutant) -> set[int]:
-        return {number for number, pattern, _ in reasons if pattern.fullmatch(told(kernel, mutant))}
+    missed, wrong = [], []
 
     def count(target: str, kernel: Kernel, mutant: Mutant, outcome: str) -> None:
-        lines = lines_about(kernel, mutant)
+        lines = {number for number, pattern, _ in reasons if pattern.fullmatch(told(kernel, mutant))}
         if outcome == "noticed":
             wrong.extend(f"line {number}: it is about {told(kernel, mutant)}, which was noticed" for number in lines)
         else:
@@ -199,31 +255,40 @@ def survey(targets, sample: int, seed: int, processes: int, operators=(), more=T
             missed.append(f"{target} | {told(kernel, mutant)} | line {kernel.statements[mutant.at].line}")
         scores[target, mutant.operator, outcome] += 1
 
+    def count_trial(trial: Trial, outcome: str) -> None:
+        count(trial.target, recorded(trial.target)[trial.build][0].launched.program.kernel, trial.mutant, outcome)
+
+    trials = []
     for target in targets:
         for build, replays in recorded(target, more).items():
             kernel = replays[0].launched.program.kernel
+            code = hashlib.sha256("\n".join(map(str, kernel.statements)).encode()).hexdigest()[:16]
             for mutant in mutants_of(kernel):
                 if operators and mutant.operator not in operators:
                     continue
-                if feeling(replays, mutant):
-                    work.append((target, build, mutant))
+                if steps := sum(replay.steps for replay in feeling(replays, mutant)):
+                    trials.append(Trial(target, build, code, mutant, steps))
                 else:
                     count(target, kernel, mutant, "unfelt")
-    if sample:
-        work = random.Random(seed).sample(work, min(sample, len(work)))
-        work.sort(key=lambda w: w[:2])
-    chunks = [work[i : i + 8] for i in range(0, len(work), 8)]
-    jobs = [
-        (t, b, [w[2] for w in chunk if w[:2] == (t, b)])
-        for chunk in chunks
-        for t, b in dict.fromkeys(w[:2] for w in chunk)
-    ]
+    random.Random(seed).shuffle(trials)
+    todo, untried = [], trials[sample or len(trials) :]
+    for trial in trials[: sample or None]:
+        how = journal.known(trial)
+        if how is None:
+            todo.append(trial)
+        else:
+            count_trial(trial, "noticed" if how else "missed")
+    jobs = [todo[i : i + 8] for i in range(0, len(todo), 8)]
     with ProcessPoolExecutor(processes) as pool:
-        for (target, build, mutants), found in zip(jobs, pool.map(examine, *zip(*jobs, strict=True)), strict=True):
-            kernel = recorded(target)[build][0].launched.program.kernel
-            for mutant, how in zip(mutants, found, strict=True):
-                count(target, kernel, mutant, "noticed" if how else "missed")
-    if not sample and not operators:
+        found = pool.map(examine, jobs)
+        while jobs and time.monotonic() < end:
+            for trial, how in zip(jobs.pop(0), next(found), strict=True):
+                journal.add(trial, how)
+                count_trial(trial, "noticed" if how else "missed")
+        pool.shutdown(wait=False, cancel_futures=True)
+    for trial in (*untried, *(trial for job in jobs for trial in job)):
+        count_trial(trial, "untried")
+    if not (sample or operators or jobs):
         wrong += [f"line {number}: it is about nothing" for number, *_ in reasons if number not in needed]
     return Survey(scores, missed, wrong)
 
@@ -236,8 +301,13 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", default=targets, help="cuda: csrc/cuda, compiled by nvcc")
     parser.add_argument("--operator", nargs="+", default=[], help="only these")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--journal", type=Path, help="a file of what was found, which a later run goes on from")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no more are tried; 0: sums up")
     options = parser.parse_args()
-    result = survey(options.target, options.sample, options.seed, options.processes, options.operator)
+    result = survey(
+        options.target, options.sample, options.seed, options.processes, options.operator,
+        journal=Journal(options.journal), seconds=60 * options.minutes,
+    )  # fmt: skip
     print(*result.missed, *(f"{LIST.name}, {line}" for line in result.wrong), *result.table(), sep="\n")
     return int(any(line.split(" | ")[2] in STRICT for line in result.missed))
 

@@ -35,7 +35,7 @@ class Problems(NamedTuple):
 
     token: the only key that is an image token, in the last batch row; None: as the case says. shown: the mask hides all
     keys but those from the first to before the second of each of these pairs. spoilt: values from this key on are NaN,
-    and every score is so low that to the row's log-sum-exp a score of 0 is infinite.
+    and every score is so low that to the row's log-sum-exp a score of 0 is infinite. only: the kernel that it is for.
     """
 
     case: Case
@@ -44,6 +44,7 @@ class Problems(NamedTuple):
     token: int | None = None
     shown: tuple[tuple[int, int], ...] | None = None
     spoilt: int | None = None
+    only: str | None = None
 
     def inputs(self) -> Iterator[Inputs]:
         for q_len, kv_len in self.sizes:
@@ -146,6 +147,21 @@ MORE_LAYERS = [
     Problems(PADDED, HALF, [(2, 8192)], shown=APART),
     Problems(MASKED, BRAIN, [(2, 8192)], shown=APART),
     Problems(MASKED, BRAIN, [(8200, 40)]),
+    *[
+        Problems(case, dtype, [(rows, rows) for rows in lengths], only="_one_pass_kernel")
+        for case, dtype, lengths in (
+            (PLAIN, BRAIN, (3, 10, 41, 59, 64, 65, 96, 129, 160, 192, 193, 226, 240)),
+            (PADDED, HALF, (2, *range(8, 225, 8), *range(9, 226, 8), 43, 74, 130, 162, 194, 240)),
+            (replace(WINDOW, sliding_window=63), HALF, (200,)),
+            (replace(WINDOW, sliding_window=65), HALF, (200,)),
+            (replace(WINDOW, sliding_window=127), HALF, (256,)),
+            (WINDOW, HALF, (42, 59, 65, *range(44, 256, 4), 253)),
+            (replace(WINDOW, sliding_window=None), HALF, (1, 6, 11, 37, 65, *range(12, 256, 4), 253)),
+            # Up to 512 keys.
+            (PLAIN, BRAIN, (257, 271, 320, 321, 352, 385, 416, 449, 490, 512)),
+            (PADDED, HALF, (257, 258, 271, *range(289, 512, 32), *range(320, 513, 32), 322, 386, 450, 490)),
+        )
+    ],
 ]
 # Stretches of many blocks.
 MORE_STEPS = [Problems(STEPS[0].case, BRAIN, [(7, 83), (2, 8200)]), Problems(STEPS[1].case, HALF, [(3, 8200)])]
@@ -282,20 +298,26 @@ class Replay:
 def launches(target: str, more: bool = True) -> list[Replay]:
     """Those of LAYERS, STEPS and CHOICES, and with `more` those of MORE_LAYERS and MORE_STEPS."""
     replays: list[Replay] = []
-    kernel_mask = launching.kernel_mask
+    kernel_mask, only = launching.kernel_mask, None
 
     def spread_key_mask(mask, *by_key):
         made, *form = kernel_mask(mask, *by_key)
         return spread_mask(made) if mask is not None and mask.dim() == 2 else made, *form
 
+    def observe(launched):
+        if only in (None, launched.name):
+            replays.append(Replay(launched))
+
     with (
-        compiled(target, observe=lambda launched: replays.append(Replay(launched))),
+        compiled(target, observe=observe),
         mock.patch.object(launching, "kernel_mask", spread_key_mask),
     ):
         for problems in LAYERS + MORE_LAYERS * more:
+            only = problems.only
             for inputs in problems.inputs():
                 threshold = exact(inputs)[-1] if inputs.key.shape[2] < 1000 else 0.0
                 run(spaced(inputs), threshold, "triton")
+        only = None
         for problems in STEPS + MORE_STEPS * more:
             for inputs in map(spaced, problems.inputs()):
                 for head in ([inputs.query.shape[1] - 1, -1], [-1, 0]):
