@@ -67,7 +67,7 @@ class CompiledCuda:
         self.executables: dict[str, Executable] = {}
         self.tensors: list[torch.Tensor] = []
         self.seed, self.problem = 0, None
-        self.observe: Callable[[Launched], None] | None = None  # is called with every launch, before it
+        self.observe: Callable[[Launched], object] | None = None  # called with every launch; whether it has executed it
         self.callback = CALLBACK(self._launch)
 
     @contextmanager
@@ -102,9 +102,8 @@ class CompiledCuda:
             assert program.kernel.threads == threads
             given = ctypes.string_at(params, program.kernel.param_bytes)
             launched = Launched(name, program, grid, given, shared_bytes, [*self.tensors, barrier])
-            if self.observe:
-                self.observe(launched)
-            launched.execute(executable, seed=self.seed)
+            if not (self.observe and self.observe(launched)):
+                launched.execute(executable, seed=self.seed)
         except Exception as problem:
             self.problem = problem
             return 1

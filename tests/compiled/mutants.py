@@ -23,7 +23,7 @@ import random
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from copy import copy
@@ -41,6 +41,7 @@ from .ptx import Kernel, Statement
 
 LIST = Path(__file__).parent / "equivalent.txt"
 OUTCOMES = ("noticed", "missed", "unfelt", "equivalent", "untried")
+ALONE = 3  # launches that a change is tried on by itself
 STRICT = ("copy wait", "wgmma wait", "wgmma fence", "proxy fence", "order")
 
 
@@ -103,20 +104,21 @@ def changes(statement: Statement) -> Iterator[tuple[str, Statement | None, int]]
         yield "mask", other, feels
 
 
-def changed(program: Program, mutant: Mutant) -> Program:
-    """The program with the change; all but the one statement is lowered already."""
-    statement = program.kernel.statements[mutant.at]
-    rows = [row for row, source in enumerate(program.source) if source is statement]
+def changed(program: Program, *mutants: Mutant) -> Program:
+    """The program with the changes, each of another statement; all else is lowered already."""
     other = copy(program)
     for name in ("code", "source", "pool", "constants", "slots"):
         setattr(other, name, getattr(program, name).copy())
-    lowered: list[tuple] = []
-    if mutant.statement:
-        other._lower(lowered, mutant.statement)
-    else:
-        other._emit(lowered, Statement(statement.line, ":", ()), "LABEL")
-    assert len(rows) == len(lowered) == 1, statement
-    other.code[rows] = lowered
+    for mutant in mutants:
+        statement = program.kernel.statements[mutant.at]
+        rows = [row for row, source in enumerate(program.source) if source is statement]
+        lowered: list[tuple] = []
+        if mutant.statement:
+            other._lower(lowered, mutant.statement)
+        else:
+            other._emit(lowered, Statement(statement.line, ":", ()), "LABEL")
+        assert len(rows) == len(lowered) == 1, statement
+        other.code[rows] = lowered
     other.operands = np.array(other.pool, dtype=np.int32)
     added = set(other.constants.items()) - set(program.constants.items())
     words = [word for (value, size), slot in added for word in (slot * 2 + (size == 8), value)]
@@ -150,15 +152,37 @@ class Trial(NamedTuple):
 
 
 def examine(trials: list[Trial]) -> list[str]:
-    """How each was caught, or nothing. In a process of its own."""
-    found = []
-    for trial in trials:
-        replays = recorded(trial.target)[trial.build]
-        executable = Executable(changed(replays[0].launched.program, trial.mutant))
-        seeds = SEEDS if trial.mutant.operator in STRICT else SEEDS[:1]
-        caught = (replay.caught(executable, seeds) for replay in feeling(replays, trial.mutant))
-        found.append(next((how for how in caught if how), ""))
-    return found
+    """How each of these changes of one build was caught, or nothing. In a process of its own.
+
+    First alone, on the shortest launches that feel it; what is left then is for the most part what nothing notices,
+    and tried together, which costs a launch once: where that shows nothing, none of them is noticed.
+    """
+    replays = recorded(trials[0].target)[trials[0].build]
+    program = replays[0].launched.program
+    feel = {trial: feeling(replays, trial.mutant) for trial in trials}
+    found: dict[Trial, str] = {}
+    for trial, felt in feel.items():
+        for replay in felt if trial.mutant.operator in STRICT else felt[:ALONE]:
+            if trial not in found:
+                found |= noticed(program, replay, [trial])
+    for replay in sorted(replays, key=lambda r: r.steps):
+        left = [trial for trial, felt in feel.items() if trial not in found and replay in felt[ALONE:]]
+        while left:
+            together = list({trial.mutant.at: trial for trial in left}.values())
+            found |= noticed(program, replay, together)
+            left = [trial for trial in left if trial not in together]
+    return [found.get(trial, "") for trial in trials]
+
+
+def noticed(program: Program, replay: Replay, trials: list[Trial]) -> dict[Trial, str]:
+    """Those of these changes of different statements that a launch notices, and how."""
+    executable = Executable(changed(program, *(trial.mutant for trial in trials)))
+    strict = any(trial.mutant.operator in STRICT for trial in trials)
+    how = replay.caught(executable, SEEDS if strict else SEEDS[:1])
+    if not how or len(trials) == 1:
+        return {trial: how for trial in trials if how}
+    half = len(trials) // 2
+    return noticed(program, replay, trials[:half]) | noticed(program, replay, trials[half:])
 
 
 class Journal:
@@ -235,7 +259,7 @@ def told(kernel: Kernel, mutant: Mutant) -> str:
 def survey(
     targets, sample=0, seed=0, processes=1, operators=(), more=True, journal=None, seconds: float = math.inf
 ) -> Survey:
-    """sample: how many are tried, 0 for all. operators: of which ones, if not of all. more: on MORE_LAYERS too.
+    """sample: how many are tried, 0 for all. operators: of which ones, and in which order, if not of all. more: on MORE_LAYERS too.
 
     seconds: after which no more are tried. Which ones are, and in which order, is as the seed says.
     """
@@ -278,7 +302,12 @@ def survey(
             todo.append(trial)
         else:
             count_trial(trial, "noticed" if how else "missed")
-    jobs = [todo[i : i + 8] for i in range(0, len(todo), 8)]
+    builds = defaultdict(list)
+    for trial in todo:
+        builds[trial.target, trial.build, trial.mutant.operator].append(trial)
+    jobs = [group[i : i + 64] for group in builds.values() for i in range(0, len(group), 64)]
+    random.Random(seed).shuffle(jobs)
+    jobs.sort(key=lambda job: [job[0].mutant.operator == operator for operator in operators], reverse=True)
     with ProcessPoolExecutor(processes) as pool:
         found = pool.map(examine, jobs)
         while jobs and time.monotonic() < end:
@@ -299,7 +328,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     targets = ["sm_80", "sm_90", *["cuda"] * (which("nvcc") is not None)]
     parser.add_argument("--target", nargs="+", default=targets, help="cuda: csrc/cuda, compiled by nvcc")
-    parser.add_argument("--operator", nargs="+", default=[], help="only these")
+    parser.add_argument("--operator", nargs="+", default=[], help="only these, in this order")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--journal", type=Path, help="a file of what was found, which a later run goes on from")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no more are tried; 0: sums up")

@@ -185,8 +185,11 @@ CUDA_LAYERS = [
             Case(heads=1, kv_heads=1, batch=1, image="all", dim=dim), dtype, [(n, n) for n in range(193, 1024, 64)]
         ),
         Problems(Case(heads=1, kv_heads=1, batch=1, image="all", dim=dim), dtype, [(1024, 1024)]),
-        Problems(Case(heads=133, kv_heads=133, batch=3, image="absent", dim=dim), dtype, [(3, 3)]),
+        Problems(Case(heads=257, kv_heads=257, batch=1, dim=dim), dtype, [(3, 3)]),
         Problems(Case(heads=100, kv_heads=100, image="absent", dim=dim), dtype, [(2, 2)]),
+        Problems(Case(heads=40, kv_heads=40, dim=dim), dtype, [(2, 2)]),
+        Problems(Case(heads=9, kv_heads=1, dim=dim), dtype, [(40, 40)]),
+        Problems(Case(heads=2, kv_heads=1, batch=9, dim=dim), dtype, [(5, 5)]),
         Problems(Case(heads=4, kv_heads=1, batch=4, mask="left", dim=dim), dtype, [(85, 85), (113, 113)]),
         Problems(Case(heads=7, kv_heads=1, batch=7, image="absent", mask="left", dim=dim), dtype, [(65, 65)]),
         Problems(Case(heads=2, kv_heads=1, dim=dim), dtype, [(256, 256)], spoilt=128),
@@ -198,9 +201,15 @@ CUDA_STEPS = [
     for problems in (
         Problems(Case(heads=7, kv_heads=1, mask="left", batch=3, dim=dim), dtype, [(1, 1), (1, 63), (1, 256)]),
         Problems(Case(heads=8, kv_heads=8, mask="right", batch=7, dim=dim), dtype, [(1, 129), (1, 128)]),
-        Problems(Case(heads=3, kv_heads=1, batch=1, dim=dim), dtype, [(1, keys) for keys in (300, 3800, 7400, 16640)]),
+        Problems(Case(heads=3, kv_heads=1, batch=1, dim=dim), dtype, [(1, keys) for keys in (300, 1500, 2048, 2500)]),
+        Problems(Case(heads=3, kv_heads=1, batch=1, dim=dim), dtype, [(1, keys) for keys in (3800, 5120, 6144, 7400)]),
+        Problems(Case(heads=3, kv_heads=1, batch=1, dim=dim), dtype, [(1, 16640)]),
         Problems(Case(heads=4, kv_heads=1, batch=4, dim=dim), dtype, [(1, 70)]),
-        Problems(Case(heads=4, kv_heads=4, batch=128, mask="left", dim=dim), dtype, [(1, 200)]),
+        Problems(Case(heads=10, kv_heads=1, dim=dim), dtype, [(1, 40)]),
+        Problems(Case(heads=4, kv_heads=4, batch=128, mask="left", dim=dim), dtype, [(1, 100), (1, 200)]),
+        # As many stretches as there can be, and stretches of more than one tile.
+        Problems(Case(heads=1, kv_heads=1, batch=1, dim=dim), dtype, [(1, 65536)]),
+        Problems(Case(heads=1, kv_heads=1, batch=128, dim=dim), dtype, [(1, 600)]),
     )
 ]
 TALLIES = 4  # all the same, the last of 128 the most, the last of all the most, random ones
@@ -272,24 +281,24 @@ class Replay:
 
     def record(self) -> None:
         executable = Executable(self.launched.program)
-        self.results = self.run(executable, seed=SEEDS[0])
+        self.steps = self.run(executable, seed=SEEDS[0])
+        self.results = [t.clone() for t in self.launched.tensors]
         self.happened = executable.reached()
 
-    def run(self, executable: Executable, **options) -> list[torch.Tensor]:
+    def run(self, executable: Executable, **options) -> int:
+        """The instructions that it took; the results are in the tensors."""
         for storage, before in zip(self.memory.values(), self.before, strict=True):
             storage.copy_(before)
-        self.steps = self.launched.execute(executable, **options)
-        return [t.clone() for t in self.launched.tensors]
+        return self.launched.execute(executable, **options)
 
     def caught(self, executable: Executable, seeds: Iterable[int] = SEEDS) -> str:
         """How changed code shows in one of these orders of blocks and warps, or nothing."""
-        limit = 20 * self.steps + 10000
         for seed in seeds:
             try:
-                results = self.run(executable, seed=seed, limit=limit)
+                self.run(executable, seed=seed, limit=8 * self.steps + 10000)
             except Fault as fault:
                 return str(fault)
-            for want, got in zip(self.results, results, strict=True):
+            for want, got in zip(self.results, self.launched.tensors, strict=True):
                 if not torch.equal(want.contiguous().view(torch.uint8), got.contiguous().view(torch.uint8)):
                     return "another result"
         return ""
@@ -305,8 +314,11 @@ def launches(target: str, more: bool = True) -> list[Replay]:
         return spread_mask(made) if mask is not None and mask.dim() == 2 else made, *form
 
     def observe(launched):
-        if only in (None, launched.name):
-            replays.append(Replay(launched))
+        if only not in (None, launched.name):
+            return launched.name == "_attend_kernel"  # which comes last
+        replays.append(Replay(launched))
+        replays[-1].record()
+        return True
 
     with (
         compiled(target, observe=observe),
@@ -329,7 +341,7 @@ def launches(target: str, more: bool = True) -> list[Replay]:
             run(spaced(make(replace(case, q_len=3, kv_len=9), dtype)), 0.0, "triton")
     choices = [r.launched for r in replays[layers:] if r.launched.name == "_sinks_kernel"]
     replays[layers:] = [Replay(launched, seed) for launched in choices for seed in range(TALLIES)]
-    for replay in replays:
+    for replay in replays[layers:]:
         replay.record()
     return replays
 
@@ -339,7 +351,13 @@ def cuda_launches() -> list[Replay]:
     replays: list[Replay] = []
     with TemporaryDirectory() as folder:
         cuda = CompiledCuda(Path(folder))
-    cuda.observe = lambda launched: replays.append(Replay(launched))
+
+    def observe(launched):
+        replays.append(Replay(launched))
+        replays[-1].record()
+        return True
+
+    cuda.observe = observe
     for problems in CUDA_LAYERS:
         for inputs in problems.inputs():
             threshold, inputs = exact(inputs)[-1], spaced(inputs)
@@ -354,8 +372,6 @@ def cuda_launches() -> list[Replay]:
                 head = (torch.arange(first, first + batch, dtype=torch.int32) + 1) % (heads + 1) - 1
                 with cuda.calls(blocks=5, seed=3):
                     native_cuda.shared_map_attention(inputs.query, inputs.key, inputs.value, head, inputs.scoring)
-    for replay in replays:
-        replay.record()
     return replays
 
 

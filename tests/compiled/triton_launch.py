@@ -119,9 +119,8 @@ class Driver:
             launched = Launched(
                 metadata.name, executable.program, grid_x, flat(arguments, signature, forms), metadata.shared
             )
-            if self.observe:
-                self.observe(launched)
-            launched.execute(executable, **self.options)
+            if not (self.observe and self.observe(launched)):
+                launched.execute(executable, **self.options)
 
         return launch
 
@@ -131,10 +130,11 @@ DRIVERS: dict[str, Driver] = {}  # Triton keeps what it compiled for a device, a
 
 
 @contextmanager
-def compiled(target: str, *, seed: int = 0, observe: Callable[[Launched], None] | None = None, gluon: bool = False):
+def compiled(target: str, *, seed: int = 0, observe: Callable[[Launched], object] | None = None, gluon: bool = False):
     """backend="triton" on CPU tensors executes the PTX compiled for `target`: "sm_80", "sm_89", "sm_90".
 
-    seed: the order of blocks and warps. observe: called with every launch, before it. gluon: with the Gluon kernels.
+    seed: the order of blocks and warps. observe: called with every launch; what it returns is whether it has
+    executed it. gluon: with the Gluon kernels.
     """
     if os.environ.get("TRITON_INTERPRET") != "0":
         raise RuntimeError("Triton's interpreter would run the kernels; start the process with TRITON_INTERPRET=0")
