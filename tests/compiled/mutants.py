@@ -259,9 +259,9 @@ def told(kernel: Kernel, mutant: Mutant) -> str:
 def survey(
     targets, sample=0, seed=0, processes=1, operators=(), more=True, journal=None, seconds: float = math.inf
 ) -> Survey:
-    """sample: how many are tried, 0 for all. operators: of which ones, and in which order, if not of all. more: on MORE_LAYERS too.
+    """sample: how many are tried, 0 for all. operators: of which ones, in this order, if not of all.
 
-    seconds: after which no more are tried. Which ones are, and in which order, is as the seed says.
+    more: on MORE_LAYERS too. seconds: after which no more are tried. Which ones are, is as the seed says.
     """
     reasons, journal, end = listed(), journal or Journal(), time.monotonic() + seconds
     needed: set[int] = set()
