@@ -115,6 +115,7 @@ MORE_LAYERS = [
     Problems(FULL, SINGLE, [(8, 910), (14, 1061), (64, 64)]),
     # The key before the first row's window, NaN, at further places of a block.
     Problems(WINDOW, HALF, [(1, keys) for keys in (45, 49, 50, 54, 56, 57, 59, 60, 61, 63, 67, 68, 70)]),
+    Problems(WINDOW, HALF, [(1, keys) for keys in range(73, 105)], only="_attend_kernel"),
     # No block that is not whole, and none at all; as many rows as the row log-sum-exps are padded to.
     Problems(PLAIN, BRAIN, [(1, 63)]),
     Problems(
@@ -140,8 +141,9 @@ MORE_LAYERS = [
     ],
     # Blocks too many.
     *[
-        Problems(case, dtype, [(256, 256)], spoilt=128)
+        Problems(replace(case, image=image), dtype, [(rows, 256)], spoilt=spoilt)
         for case, dtype in ((PLAIN, BRAIN), (PADDED, HALF), (MASKED, BRAIN), (WINDOW, HALF), (FULL, SINGLE))
+        for image, rows, spoilt in (("absent", 256, 128), ("middle", 256, 128), ("middle", 224, 160))
     ],
     # More than 128 cells.
     Problems(PADDED, HALF, [(2, 8192)], shown=APART),
