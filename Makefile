@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.eah-kernels-installed
 .PHONY: demo eval-demo test-lmms test test-vllm vllm-env compiled seam wheels fuzz sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
-	$(VENV)/bin/eah demo
+	$(VENV)/bin/eah demo --out build/demo
 
 # `eah eval` from end to end on a small model, which is trained on the spot and kept in build/eval-demo.
 eval-demo: $(INSTALLED)

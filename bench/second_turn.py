@@ -19,14 +19,14 @@ import eah
 HEADS, HEAD_DIM, CACHED, NEW, IMAGE_TOKEN, LAYER = 32, 128, 1500, 256, 5, 1
 
 
-def wide_llava(kv_heads: int, dtype: torch.dtype):
+def wide_llava(kv_heads: int, dtype: torch.dtype, layers: int = 2, intermediate: int = 16):
     torch.manual_seed(0)
     small = dict(intermediate_size=16, num_attention_heads=2, image_size=28, patch_size=14)
     text = LlamaConfig(
         vocab_size=64,
         hidden_size=HEADS * HEAD_DIM,
-        intermediate_size=16,
-        num_hidden_layers=2,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=kv_heads,
     )

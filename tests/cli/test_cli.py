@@ -74,7 +74,7 @@ def test_demo_in_json(capsys, monkeypatch):
     assert layer["layer"] == 1 and layer["stood_aside"] is None
     [sinks], [head] = layer["sinks"], layer["heads"]
     assert len(sinks) == 8 and sinks[head] == max(sinks) and head == sinks.index(max(sinks))
-    assert results["tokens_changed"] > 0
+    assert results["tokens_changed"] > 0 and results["page"] is None
     assert all(found["equal"] and found["agrees"] for found in results["agreement"].values() if "equal" in found)
     assert 0 < results["agreement"]["torch"]["largest_error"] < 1e-4
     rows = results["timing"]["rows"]
@@ -83,13 +83,15 @@ def test_demo_in_json(capsys, monkeypatch):
     assert all(row["fastest_ms"] <= row["ms"] <= row["slowest_ms"] for row in rows.values())
 
 
-def test_demo_for_people(capsys, saved_model, monkeypatch):
+def test_demo_for_people(capsys, saved_model, monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     times = {"plain SDPA": [2.0, 2.0, 2.5], "EAH, as published": [9.0, 8.0, 8.0], "EAH, torch": [1.0, 2.0, 9.0]}
     timing = {"shape": "s", "dtype": "d", "rounds": 3, "rows": demo.timing_rows(times)}
     monkeypatch.setattr(demo, "time_layer", lambda *_: timing)
-    status, out, _ = run(capsys, "demo", "--image", saved_model[1])
+    monkeypatch.setattr(demo, "DRAWN", (1,))
+    status, out, _ = run(capsys, "demo", "--image", saved_model[1], "--out", tmp_path)
     assert status == 0
+    assert f"attends to in the picture: {tmp_path / 'inspect.html'}\n" in out and (tmp_path / "inspect.html").exists()
     for text in ("picture.png", "576 of them image tokens", "layer 1", "sinks per head", "weights are random"):
         assert text in out
     assert re.search(r"EAH, as published +8\.00 +8\.00-9\.00 +4\.00 x", out)

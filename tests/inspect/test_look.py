@@ -1,6 +1,8 @@
 """`look`, from a picture and a prompt to numbers."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +56,9 @@ def test_what_does_not_fit_is_told_in_one_line():
         with pytest.raises(error, match=named) as caught:
             look(**arguments)
         assert "\n" not in str(caught.value)
+
+
+def test_the_code_of_the_documentation_runs(capsys):
+    [code] = re.findall(r"```python\n(.+?)```", (Path(__file__).parents[2] / "docs/inspect.md").read_text(), re.S)
+    exec(code, {"model": build("llava"), "processor": processor_of("llava"), "picture": picture()})
+    assert len(capsys.readouterr().out.splitlines()) == 3

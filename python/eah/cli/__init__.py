@@ -1,4 +1,4 @@
-"""The command line: `eah demo`, `generate`, `inspect`, `models`, `doctor`, `vllm-args`, `eval`; also `python -m eah`."""
+"""The command line: `eah demo`, `generate`, `inspect`, `models`, `doctor`, `eval`, `vllm-args`; or `python -m eah`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="FILE", help="another picture than the one that matplotlib ships")
+    parser.add_argument("--out", metavar="DIR", help="write a page of pictures there, as eah inspect does")
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +198,7 @@ def _load(command: str) -> ModuleType:
 
 def _demo(arguments) -> int:
     module = _load("demo")
-    results = module.demo(arguments.image)
+    results = module.demo(arguments.image, arguments.out)
     print(json.dumps(results, indent=2)) if arguments.json else module.print_demo(results)
     return 0
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,14 @@ from eah_kernels.testing import agrees, largest_error
 
 PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 NEW_TOKENS = 12
+DRAWN = (0, 1, 2, 3)  # layers
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS, SECONDS = 2, 5, 25, 5.0  # of the timing; the first rounds are not counted
 STEADY = 2.0  # slowest over fastest round beyond which no ratio is told
 
 
-def demo(image_file: str | None = None) -> dict:
-    """Runs the demo; plain data. image_file: None for matplotlib's photograph of Grace Hopper.
+def demo(image_file: str | None = None, out: str | None = None) -> dict:
+    """Runs the demo; plain data. image_file: None for matplotlib's photograph of Grace Hopper. out: the folder for a
+    page of pictures, as `eah inspect` makes it; None for no page.
 
     Raises:
         ImportError: a package is not installed; the message names it.
@@ -44,6 +47,10 @@ def demo(image_file: str | None = None) -> dict:
     with eah.enable(model) as handle:
         enhanced = model.generate(**inputs, **options)[0, length:]
         report = handle.report()
+    page = None
+    if out is not None:
+        progress("drawing")
+        page = str(draw(model, processor, picture, name, Path(out)))
     progress("comparing the backends with the reference")
     agreement = {backend: compare(backend, device) for backend in BACKENDS if backend not in ("auto", "reference")}
     progress("timing one attention layer of LLaVA-1.5's size")
@@ -63,6 +70,7 @@ def demo(image_file: str | None = None) -> dict:
             for layer in report.layers
         ],
         "report": str(report),
+        "page": page,
         "new_tokens": {"without": plain.tolist(), "with": enhanced.tolist()},
         "tokens_changed": int((plain != enhanced).sum()),
         "agreement": agreement,
@@ -70,10 +78,21 @@ def demo(image_file: str | None = None) -> dict:
     }
 
 
+def draw(model, processor, picture, name: str, out: Path) -> Path:
+    """The page of what the demo's model attends to in the picture; its path."""
+    from eah.inspect.look import look
+    from eah.inspect.one import write
+
+    names = {"model": "a small LLaVA with random weights: where its heads look means nothing", "image": name}
+    return write(look(model, processor, picture, PROMPT, pictured=DRAWN), out, names, DRAWN)
+
+
 def print_demo(results: dict) -> None:
     print(f"picture: {results['image']}; device: {results['device']}; torch {torch.__version__}")
     print(f"prompt: {results['prompt_tokens']} tokens, {results['image_tokens']} of them image tokens\n")
     print(results["report"])
+    if results["page"]:
+        print(f"\nWhat every head attends to in the picture: {results['page']}")
     print(
         f"\nWith EAH {results['tokens_changed']} of {NEW_TOKENS} generated tokens differ from those without.\n"
         "The weights are random: the text means nothing and is not shown, and nothing here says how well EAH works.\n"
