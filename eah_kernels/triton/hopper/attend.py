@@ -50,26 +50,25 @@ def start_mixing(p, values, n, mixed):
 
 @gluon.jit
 def consume(
-    rows, rows_ready, keys, values, lse_ptr, out, position, blocks, kv_len, value_heads, scale,
-    GROUP: gl.constexpr, SHARED: gl.constexpr, PART: gl.constexpr,
+    rows, rows_ready, keys, values, mixtures, lse_ptr, position, blocks, kv_len, scale,
+    SHARED: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = keys.tiles.shape[3]
-    HEADS: gl.constexpr = values.tiles.shape[2]
-    DIM: gl.constexpr = values.tiles.shape[4]
+    WIDE: gl.constexpr = mixtures.shape[2]
     BY_ROW: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
-    LAYOUT: gl.constexpr = product_layout(HEADS * DIM)
+    LAYOUT: gl.constexpr = product_layout(WIDE)
     position += PART * ROWS
-    local_m = gl.arange(0, ROWS, BY_ROW)
+    row = position + gl.arange(0, ROWS, BY_ROW)
     last = 0
     mbarrier.wait(rows_ready, 0)
     if position < kv_len:
         own = matrix(rows.index(PART))
         last = gl.cdiv(gl.minimum(position + ROWS, kv_len), BLOCK_N)
         whole = gl.minimum((position + 1) // BLOCK_N, last)  # blocks that every row sees
-        mixed = gl.full([ROWS, HEADS * DIM], 0.0, gl.float32, LAYOUT)
-        score = hide(finish_product(start_product(own, keys, 0), keys, 0), 0, position + local_m)
+        mixed = gl.full([ROWS, WIDE], 0.0, gl.float32, LAYOUT)
+        score = hide(finish_product(start_product(own, keys, 0), keys, 0), 0, row)
         if SHARED:
-            row_lse = gl.load(lse_ptr + PART * ROWS + local_m)
+            row_lse = gl.load(lse_ptr + row)
             p = gl.exp2(score * scale.factor + row_lse[:, None])
         else:
             row_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
@@ -82,7 +81,7 @@ def consume(
                 mixed = start_mixing(p, values, n - 1, mixed)
                 score = finish_product(score, keys, n, 1)
                 if EDGE:
-                    score = hide(score, n * BLOCK_N, position + local_m)
+                    score = hide(score, n * BLOCK_N, row)
                 if SHARED:
                     p = gl.exp2(score * scale.factor + row_lse[:, None])
                 else:
@@ -94,37 +93,25 @@ def consume(
         mixed = finish_product(start_mixing(p, values, last - 1, mixed), values, last - 1)
         if not SHARED:
             mixed = mixed / gl.convert_layout(row_sum, gl.SliceLayout(1, LAYOUT))[:, None]
-        store(mixed, row_of(out, PART * ROWS), kv_len - position, value_heads, DIM, HEADS, GROUP if SHARED else 1)
+        mixtures.index(PART).store(mixed.to(mixtures.dtype))
     for n in range(last, blocks):  # in the order in which they are brought
         leave_out(keys, n, n + 1)
         leave_out(values, n, n + 1)
 
 
-@gluon.constexpr_function
-def lines_layout(columns):
-    """As `product_layout`, but that four threads hold 32 columns of a row, 16 bytes each, to be stored in one go."""
-    pairs = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
-    threads = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0], *pairs], threads, [[16, 0], [32, 0]], [], [ROWS.value, columns]
-    )
-
-
 @gluon.jit
-def store(
-    mixed, out, rows, value_heads,
-    DIM: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
+def store(mixture, out, rows, value_heads, HEADS: gl.constexpr, GROUP: gl.constexpr):
     """Of HEADS value heads, each for GROUP query heads. Columns: as of `wide`."""
-    LAYOUT: gl.constexpr = lines_layout(HEADS * DIM)
+    WIDE: gl.constexpr = mixture.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, HEADS * DIM, gl.SliceLayout(0, LAYOUT))
+    column = gl.arange(0, WIDE, gl.SliceLayout(0, LAYOUT))
     member = column // 64 % HEADS
     feature = column % 64 + column // (64 * HEADS) * 64
     tile = out.ptr + row[:, None] * out.row
     tile = tile + (gl.cast(member * GROUP, gl.int64) * out.h + feature)[None, :]
     kept = (row < rows)[:, None] & (member < value_heads)[None, :]
-    mixed = gl.convert_layout(mixed.to(out.ptr.dtype.element_ty), LAYOUT)
+    mixed = mixture.load(LAYOUT)
     for copy in range(GROUP):
         gl.store(at(tile, copy, out.h), mixed, mask=kept)
 
@@ -141,23 +128,30 @@ def attend_rows(
     mbarrier.init(rows_ready, count=1)
     keys = make_ring(k, STAGES - 1, GROUPS)  # which are given back half a step before values
     values = make_ring(v, STAGES, GROUPS)
-    lse_ptr = head_of(minus_lse, b, h).ptr + start_m
-    out = row_of(head_of(out, b, first_value * GROUP if SHARED else h), start_m)
+    HEADS: gl.constexpr = v.block_type.shape[1]
+    WIDE: gl.constexpr = HEADS * v.block_type.shape[3]
+    mixtures = gl.allocate_shared_memory(q.dtype, [GROUPS, ROWS, WIDE], gl.NVMMASharedLayout(128, 16, 2))
     offset = kv_len - q_len
+    lse_ptr = head_of(minus_lse, b, h).ptr - offset  # by the position of the row's own key
     blocks = gl.cdiv(gl.minimum(start_m + GROUPS * ROWS, q_len) + offset, BLOCK_N)
-    value_heads = kv_heads - first_value
     fence_async_shared()  # TMA counts on the mbarriers
     gl.warp_specialize(
         [
-            (consume, (rows, rows_ready, keys, values, lse_ptr, out, start_m + offset, blocks, kv_len,
-                value_heads, scale, GROUP, SHARED, 0)),
-            (consume, (rows, rows_ready, keys, values, lse_ptr, out, start_m + offset, blocks, kv_len,
-                value_heads, scale, GROUP, SHARED, 1)),
+            (consume, (rows, rows_ready, keys, values, mixtures, lse_ptr, start_m + offset, blocks, kv_len, scale,
+                SHARED, 0)),
+            (consume, (rows, rows_ready, keys, values, mixtures, lse_ptr, start_m + offset, blocks, kv_len, scale,
+                SHARED, 1)),
             (produce, (q, k, v, rows, rows_ready, keys, values, b, h, h // GROUP, first_value, start_m, blocks)),
         ],
         [4, 1],
         [240, 24],  # registers a thread; the first group gets the rest, 240
     )  # fmt: skip
+    out = head_of(out, b, first_value * GROUP if SHARED else h)
+    for part in gl.static_range(GROUPS):
+        start = start_m + part * ROWS
+        if start < q_len:
+            mixture = mixtures.index(part)
+            store(mixture, row_of(out, start), q_len - start, kv_heads - first_value, HEADS, GROUP if SHARED else 1)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
