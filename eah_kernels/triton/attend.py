@@ -11,7 +11,7 @@ Otherwise (head -1), the layer's ordinary attention: a FlashAttention-2 forward 
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import CELL, NO_MASK, Layer, RowBlock, Sizes
+from eah_kernels.triton.bundles import CELL, NO_MASK, Columns, Layer, RowBlock, Sizes
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_groups, view, view_lines
 from eah_kernels.triton.loads import at, head_of, load_operand, load_values, mask_of, row_of, value_columns
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
@@ -48,8 +48,14 @@ def attend_rows(
         row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    columns = value_columns(first_value, kv_heads, V.DIM, V.PAD, VALUE_HEADS)
-    mixed = tl.zeros([BLOCK_M, VALUE_HEADS * V.PAD], tl.float32)
+    # P V in parts no wider than high: else mma.sync's warps would take columns each, and every score several times.
+    WIDTH: tl.constexpr = VALUE_HEADS * V.PAD
+    PARTS: tl.constexpr = WIDTH // BLOCK_M if R.MMA_SYNC and WIDTH > BLOCK_M else 1
+    columns, mixed = (), ()
+    for part in tl.static_range(PARTS):
+        these = value_columns(first_value, kv_heads, V, VALUE_HEADS, part, PARTS)
+        columns = columns + (these,)  # type: ignore[assignment]
+        mixed = mixed + (tl.zeros([BLOCK_M, WIDTH // PARTS], tl.float32),)  # type: ignore[assignment]
     PRECISION: tl.constexpr = R.PRECISION
     span = key_range(start_m, sizes, cells, R, BLOCK_M, BLOCK_N)
     block = RowBlock(rows, start_m, k, mask, words, span, sizes, scale)
@@ -66,7 +72,6 @@ def attend_rows(
                     p = tl.exp2(score + row_lse[:, None])
                 else:
                     row_max, row_sum, p, rescale = running_exps(score, row_max, row_sum, scale, RAW)
-                    mixed = mixed * rescale[:, None]
                 # Values that no row of the tile sees are not read, whatever they hold.
                 key = start_n + local_n
                 if EDGE and R.BY_KEY and R.WINDOW:
@@ -76,22 +81,32 @@ def attend_rows(
                     for line in tl.static_range(1, BLOCK_M // CELL):
                         by_cells = by_cells | tl.load(at(seen_of.ptr, line, seen_of.row) + key)
                     seen = seen & (by_cells != 0)
-                values = load_values(v, start_n, seen, columns)  # [BLOCK_N, VALUE_HEADS * V.PAD]
-                mixed = tl.dot(p.to(values.dtype), values, mixed, input_precision=PRECISION)
-    if not SHARED:
-        mixed = mixed / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    column = tl.cast(columns.member * R.GROUP, tl.int64) * out.h + columns.feature * out.column
-    tile = out.ptr + local_m[:, None] * out.row + column[None, :]
-    for copy in range(R.GROUP if SHARED else 1):
-        tl.store(at(tile, copy, out.h), mixed, mask=real[:, None] & columns.exists[None, :])
+                sums = ()
+                for part in tl.static_range(PARTS):
+                    member, feature, exists = columns[part]  # type: ignore[var-annotated]
+                    values = load_values(v, start_n, seen, Columns(member, feature, exists))
+                    before = mixed[part] if SHARED else mixed[part] * rescale[:, None]
+                    product = tl.dot(p.to(values.dtype), values, before, input_precision=PRECISION)
+                    sums = sums + (product,)  # type: ignore[assignment]
+                mixed = sums
+    for part in tl.static_range(PARTS):
+        member, feature, exists = columns[part]
+        result = mixed[part]  # type: ignore[var-annotated]
+        if not SHARED:
+            result = result / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+        column = tl.cast(member * R.GROUP, tl.int64) * out.h + feature * out.column
+        tile = out.ptr + local_m[:, None] * out.row + column[None, :]
+        for copy in range(R.GROUP if SHARED else 1):
+            tl.store(at(tile, copy, out.h), result, mask=real[:, None] & exists[None, :])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attend_kernel(
     q, k, v, out, mask, packed, minus_lse, head_ptr, batch, units, heads, kv_heads, q_len, kv_len, window, scale,
-    R: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    R: tl.constexpr, V: tl.constexpr, SHARED_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """units: groups of V.HEADS value heads. Of a row block, they come first, then the query heads."""
+    """units: groups of V.HEADS value heads. Of a row block, they come first, then the query heads. SHARED_N: keys of a
+    shared map's tile."""
     batch, cu_seqlens, tokens = batch
     pid = tl.program_id(0)
     b = pid % batch
@@ -110,7 +125,7 @@ def _attend_kernel(
     layer = Layer(q, k, v, out, mask, packed, minus_lse, kv_heads, sizes, scale)
     if unit < units:
         if h >= 0:
-            attend_rows(layer, b, h, start_m, unit * V.HEADS, R, V, True, BLOCK_M, BLOCK_N)
+            attend_rows(layer, b, h, start_m, unit * V.HEADS, R, V, True, BLOCK_M, SHARED_N)
     elif h < 0:
         h = unit - units
         attend_rows(layer, b, h, start_m, h // R.GROUP, R, V, False, BLOCK_M, BLOCK_N)
@@ -135,7 +150,7 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
         problem.arguments
         | dict(v=view(value), out=view(out), packed=problem.packed_for_keys(), head_ptr=head, V=values)
         | dict(minus_lse=view_lines(minus_lse), units=units, heads=heads, kv_heads=kv_heads)
-        | dict(batch=problem.batch),
+        | dict(batch=problem.batch, SHARED_N=tile.shared_n or tile.block_n),
     )
 
 

@@ -1,10 +1,11 @@
 """What travels together through the kernels, by name; and what their numbers mean.
 
 A bundle is a NamedTuple. Triton flattens it into the parameters of the compiled kernel and specialises each member as
-if it stood alone. Three limits (triton 3.6 and 3.7.1): `do_not_specialize` does not reach into a bundle, so kernels
+if it stood alone. Four limits (triton 3.6 and 3.7.1): `do_not_specialize` does not reach into a bundle, so kernels
 take the lengths one by one and bundle them inside; 3.6 passes no string on from a constexpr bundle, so whoever needs
-PRECISION binds it to a name first; and past an early return 3.6 has lost a stride of 1 in a bundle's last bundle, so
-kernels bind the views of a Packed to names before they may return. Fields in capitals are constexpr.
+PRECISION binds it to a name first; past an early return 3.6 has lost a stride of 1 in a bundle's last bundle, so
+kernels bind the views of a Packed to names before they may return; and a bundle that comes out of a tuple has lost its
+names in 3.6. Fields in capitals are constexpr.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Rules(NamedTuple):
     RAW_MAX: bool  # the scale is positive, without a soft-cap: of products not scaled yet the maximum is the same
     BY_KEY: bool  # the mask, if any, is read by key
     BOTH_SIDES: bool  # a block that is not seen whole may lie before the whole ones and after them
+    MMA_SYNC: bool  # sm_80, sm_89: the warps share out the rows of a product, or the columns if it is wider than high
     WGMMA: bool  # sm_90: a product runs beside its warps until it is waited for
     LATE_WORDS: bool  # sm_100: the words of a mask are read after Q K^T, not before it (score_block)
 

@@ -45,12 +45,12 @@ def stretch_rows(
     rows = load_operand(_row_by_row(q, b, head, row), 0, real, R)
     k, v = head_of(k, b, h // R.GROUP), head_of(v, b, first_value)
     if R.MASK != NO_MASK:
-        mask = mask_of(mask, b, head[:, None], R)
+        mask = mask_of(mask, b, head[:, None], R, True)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     local_n = tl.arange(0, BLOCK_N)
-    columns = value_columns(first_value, heads // R.GROUP, V.DIM, V.PAD, VALUE_HEADS)
+    columns = value_columns(first_value, heads // R.GROUP, V, VALUE_HEADS)
     mixed = tl.zeros([BLOCK_M, VALUE_HEADS * V.PAD], tl.float32)
 
     first = 0

@@ -89,7 +89,7 @@ class Problem:
         self.fast = fast and self._suits_gluon(scoring)
         mask = None
         if self.mask is not None:
-            mask = mask_view(self.mask.expand(batch, heads, q_len, kv_len))
+            mask = mask_view(self.mask.expand(batch, heads, q_len, kv_len), odd=not by_key)
         self.arguments = dict(
             q=view(self.query), k=view(self.key), mask=mask, batch=batch, q_len=q_len, kv_len=kv_len,
             window=scoring.sliding_window or 0, scale=scale, R=self.rules,
@@ -176,6 +176,7 @@ def rules_for(
         RAW_MAX=positive and not capped and target in ("sm_80", "sm_90", "interpreter"),  # the others: not compared yet
         BY_KEY=mask in (NO_MASK.value, KEY_MASK.value),
         BOTH_SIDES=mask != NO_MASK.value or windowed,
+        MMA_SYNC=target in ("sm_80", "sm_89", "interpreter"),
         WGMMA=target == "sm_90",
         LATE_WORDS=target in ("sm_100", "interpreter"),
     )
@@ -196,7 +197,20 @@ def kernel_mask(mask: Tensor | None, by_key: bool = True) -> tuple[Tensor | None
         mask = mask[:, None, None]
     if mask.dtype == torch.bool:
         return narrow(mask.view(torch.uint8)), BOOL_MASK.value, 0.0
-    return narrow(mask), BIAS_MASK.value, torch.finfo(mask.dtype).min / 2
+    return narrow(aligned(mask) if by_key else mask), BIAS_MASK.value, torch.finfo(mask.dtype).min / 2
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """An additive mask whose rows begin at multiples of 16 entries, copied where it lies otherwise.
+
+    The kernels read its entries in pairs, which without this knowledge would cost registers that they do not have.
+    """
+    if mask.stride(3) == 1 and mask.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in mask.stride()[:3]):
+        return mask
+    distinct = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride()[:3])]
+    *lines, length = distinct.shape
+    rows = mask.new_empty(*lines, cdiv(length, 16) * 16)[..., :length]
+    return rows.copy_(distinct).expand(mask.shape)
 
 
 def view(tensor: Tensor) -> View:
@@ -204,13 +218,13 @@ def view(tensor: Tensor) -> View:
     return View(tensor, *tensor.stride())
 
 
-def mask_view(mask: Tensor) -> View:
-    """Of a boolean mask the strides that follow the lengths come doubled plus one: so they are never divisible by 16,
-    and a new length compiles nothing. loads.mask_of undoes it. An additive mask's come as they are: its entries are
-    read in the loops, in pairs where the rows are aligned, and without that `lse` and `attend` spill."""
+def mask_view(mask: Tensor, odd: bool = False) -> View:
+    """Of a boolean mask, or if `odd`, the strides that follow the lengths come doubled plus one: so they are never
+    divisible by 16, and a new length compiles nothing. loads.mask_of undoes it. Those of an additive mask otherwise
+    always are, by `aligned`."""
     b, h, row, column = mask.stride()
-    boolean = mask.dtype == torch.uint8
-    return View(mask, 2 * b + 1, 2 * h + 1, 2 * row + 1, column) if boolean else view(mask)
+    odd = odd or mask.dtype == torch.uint8
+    return View(mask, 2 * b + 1, 2 * h + 1, 2 * row + 1, column) if odd else view(mask)
 
 
 def packed_view(tensor: Tensor, sequences: int) -> Tensor:

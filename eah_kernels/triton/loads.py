@@ -18,9 +18,9 @@ def head_of(view, b, h):
 
 
 @triton.jit
-def mask_of(mask, b, h, R: tl.constexpr):
+def mask_of(mask, b, h, R: tl.constexpr, ODD: tl.constexpr = False):
     """head_of a mask, as launch.mask_view passes it."""
-    if R.MASK == BOOL_MASK:
+    if ODD or R.MASK == BOOL_MASK:
         ptr = at(at(mask.ptr, b, mask.b >> 1), h, mask.h >> 1)
         found = View(ptr, mask.b, mask.h, mask.row >> 1, mask.column)
     else:
@@ -64,12 +64,15 @@ def dot_rows(a, b, R: tl.constexpr):
 
 
 @triton.jit
-def value_columns(first_value, kv_heads, DIM: tl.constexpr, PAD: tl.constexpr, HEADS: tl.constexpr):
-    """The columns of the HEADS value heads from first_value on."""
-    wide = tl.arange(0, HEADS * PAD)
-    member = wide // PAD
-    feature = wide % PAD
-    exists = feature < DIM
+def value_columns(
+    first_value, kv_heads, V: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1
+):
+    """The columns of the HEADS value heads from first_value on, or one of as many parts of them."""
+    WIDTH: tl.constexpr = HEADS * V.PAD // PARTS
+    wide = PART * WIDTH + tl.arange(0, WIDTH)
+    member = wide // V.PAD
+    feature = wide % V.PAD
+    exists = feature < V.DIM
     if HEADS > 1:
         exists = exists & (first_value + member < kv_heads)
     return Columns(member, feature, exists)

@@ -40,7 +40,7 @@ def store_words(words, start, visible, AXIS: tl.constexpr):
         tl.store(at(words.ptr, word, words.row) + start + along, packed)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "row_cells", "key_cells"])
+@triton.jit(do_not_specialize=[*LENGTHS, "heads", "row_cells", "key_cells"])
 def _pack_kernel(mask, rows, columns, heads, row_cells, key_cells, q_len, kv_len, window, R: tl.constexpr):
     """rows: what kernels that walk keys read; columns: what those that walk rows read."""
     sizes = Sizes(q_len, kv_len, window)

@@ -14,7 +14,8 @@ import torch
 
 @dataclass(frozen=True, eq=False)  # a row is itself: its hash is cheap
 class Tile:
-    """block_m query rows x block_n keys (0: fixed by the kernel). value_width: features of values that share one map.
+    """block_m query rows x block_n keys (0: fixed by the kernel). value_width: features of values that share one map,
+    shared_n: keys of such a map's tile (0: block_n).
 
     max_registers: a thread's limit, where it lets one more program be resident; NVIDIA only, 0 for none.
     spills: why registers of this row may spill to memory; empty means that they must not.
@@ -25,6 +26,7 @@ class Tile:
     num_warps: int
     num_stages: int
     value_width: int = 0
+    shared_n: int = 0
     max_registers: int = 0
     spills: str = ""
 
@@ -57,7 +59,6 @@ HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
 SHORT = 768  # tokens of the longest prompt that SHORT_TILES are for
 SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
 HELD = "a block of rows holds all its scores in registers; at most 32 bytes, once a program"
-FEW_BYTES = "16 bytes; with 64 rows a tile, which spill nothing, own maps issue 1.4 times as much"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
 
 # plain: 16-bit, no mask or only causality and soft-cap. masked: 16-bit, a mask tensor or a window. float32: either.
@@ -71,7 +72,7 @@ TILES = {
         "sm_89": {
             "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
             "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-            "float32": (Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(32, 16, 8, 1, spills=THREE_TF32)),
+            "float32": (Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(32, 16, 4, 1, spills=THREE_TF32)),
         },
         "sm_90": {
             "plain": (
@@ -117,7 +118,7 @@ TILES = {
             "float32": (
                 Tile(16, 64, 4, 1),
                 Tile(16, 64, 4, 1, spills=THREE_TF32),
-                Tile(16, 32, 8, 1, spills=THREE_TF32),
+                Tile(16, 32, 4, 1, spills=THREE_TF32),
             ),
         },
         "sm_90": {
@@ -146,25 +147,21 @@ TILES = {
     },
     "attend": {
         "sm_80": {
-            "plain": (Tile(128, 32, 8, 2, 256), Tile(128, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256)),
-            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(128, 32, 8, 2, 256, 16), Tile(128, 32, 8, 2, 256, 16), Tile(128, 16, 8, 2, 256)),
+            "masked": (Tile(128, 32, 8, 2, 256, 16), Tile(128, 32, 8, 2, 256, 16), Tile(128, 16, 8, 2, 256)),
             "float32": (
-                Tile(32, 32, 4, 1, 64),
-                Tile(32, 16, 8, 1, 256, spills=THREE_TF32),
-                Tile(64, 32, 8, 1, 256, spills=THREE_TF32),
+                Tile(32, 16, 2, 1, 64),
+                Tile(64, 16, 4, 1, 128, spills=THREE_TF32),
+                Tile(64, 16, 4, 1, 256, spills=THREE_TF32),
             ),
         },
         "sm_89": {
-            "plain": (
-                Tile(128, 32, 8, 2, 256),
-                Tile(128, 32, 8, 2, 256, spills=FEW_BYTES),
-                Tile(64, 32, 8, 2, 256),
-            ),
-            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(128, 32, 8, 2, 256, 16), Tile(128, 32, 8, 2, 256, 16), Tile(128, 16, 8, 2, 256)),
+            "masked": (Tile(128, 32, 8, 2, 256, 16), Tile(128, 32, 8, 2, 256, 16), Tile(128, 16, 8, 2, 256)),
             "float32": (
-                Tile(32, 32, 8, 1, 64),
-                Tile(32, 16, 8, 1, 256, spills=THREE_TF32),
-                Tile(32, 16, 4, 1, 256, spills=THREE_TF32),
+                Tile(32, 32, 2, 1, 64),
+                Tile(64, 16, 4, 1, 128, spills=THREE_TF32),
+                Tile(32, 16, 2, 1, 256, spills=THREE_TF32),
             ),
         },
         "sm_90": {
@@ -173,7 +170,7 @@ TILES = {
             "float32": (
                 Tile(64, 16, 4, 1, 128),
                 Tile(128, 32, 8, 1, 128, spills=THREE_TF32),
-                Tile(64, 32, 8, 1, 256, spills=THREE_TF32),
+                Tile(64, 32, 4, 1, 256, spills=THREE_TF32),
             ),
         },
         "sm_100": {
@@ -249,11 +246,11 @@ SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
     },
     "attend": {
         "sm_80": {
-            "plain": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(64, 32, 4, 2, 256, 16), Tile(64, 32, 4, 2, 256, 16), Tile(64, 16, 4, 2, 256)),
             "masked": AS_LONGER,
         },
         "sm_89": {
-            "plain": (Tile(64, 32, 8, 2, 256), Tile(64, 64, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(64, 32, 4, 2, 256, 16), Tile(64, 32, 4, 2, 256, 16), Tile(64, 16, 4, 2, 256)),
             "masked": AS_LONGER,
         },
         "sm_90": {

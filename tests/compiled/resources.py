@@ -17,7 +17,8 @@ that it holds.
 
 Exits 1 when a build exceeds its target's shared memory, lacks the matrix instruction it should use, spills without
 the tile table (eah_kernels/triton/tiles.py) saying why, or reads shared memory through the async proxy without a
-fence (fences.py; wgmma and tcgen05, so sm_90 and sm_100); on sm_90 when ptxas notes that it waits for every wgmma at
+fence (fences.py; wgmma and tcgen05, so sm_90 and sm_100); in 16 bits, when warps compute the same scores, which shows
+as two exps a score; on sm_90 when ptxas notes that it waits for every wgmma at
 once (C75xx). On sm_90 in 16 bits, masked or not, also when a statistics loop issues more than 10 % above the floor of
 its exps and matrix products, the shared map has no loop without a running maximum, a loop loads scalars from global
 memory, or a boolean mask more than doubles what a loop issues.
@@ -234,7 +235,10 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
         scores = tile.block_m * (SHORT if row.kernel == "one_pass" else tile.block_n)
     elements = scores / (32 * tile.options["num_warps"])
     online = LOOPS.get(row.kernel, {})
-    loops = {name: steady_loop(cost.code, elements, online[name], several=fast) for name in online}
+    loops = {}
+    for name in online:
+        share = tile.shared_n / tile.block_n if name == "shared map" and tile.shared_n else 1
+        loops[name] = steady_loop(cost.code, elements * share, online[name], several=fast)
     if row.kernel == "one_pass":
         loops = {"one pass": whole_program(cost.code, elements)}
     problems = []
@@ -249,6 +253,9 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     unfenced = {} if fast else unfenced_reads(cost.ptx)
     if unfenced:
         problems.append(f"{len(unfenced)} matrix instructions read shared memory without a proxy fence")
+    if row.kind != "float32":
+        twice = [name for name, loop in loops.items() if loop and loop.exps >= 2]
+        problems += [f"takes every exp of the {name} {loops[name].exps:.1f} times" for name in twice]
     if row.target == "sm_90":
         problems += serialised(cost.ptx)
     if row.target == "sm_90" and row.kind != "float32":

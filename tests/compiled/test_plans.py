@@ -108,27 +108,37 @@ def step(length, mask=None, q_len=1, key=None):
     return shared_map_attention(rows(q_len), key, key, head, attention_mask=mask, backend="triton")
 
 
-def test_a_new_length_compiles_nothing(gpu):
-    """Multiples of 16 and others, and a new number of rows and of parts at decoding. Of an additive mask, the builds
-    tell whether 16 divides a row's length and a head's."""
-    for form in range(4):
-        most = 3 if form == 3 else 1
-        gpu.builds.clear()
-        for length in range(640, 657):
-            prompt(length, masks(length)[form])
-        assert gpu.builds and max(gpu.builds.values()) <= most, (form, gpu.builds)
-        gpu.builds.clear()
-        for length in (40, 48, 64, 641, 4000, 4096, 20000):
-            for q_len in (1, 2, 16):
-                step(length, masks(q_len, length)[form], q_len)
-        assert max(gpu.builds.values(), default=0) <= most, (form, gpu.builds)
-        gpu.builds.clear()
-        for length in (640, 641, 648, 656):
-            sink_statistics(
-                rows(length), rows(length, 2), IMAGE[:, :length], attention_mask=masks(length)[form],
-                return_column_mean=True, backend="triton",
-            )  # fmt: skip
-        assert gpu.builds and max(gpu.builds.values()) <= most, (form, gpu.builds)
+@pytest.mark.parametrize("form", range(4), ids=["none", "2-D", "boolean", "additive"])
+def test_a_new_length_compiles_nothing(form, gpu):
+    """Multiples of 16 and others, and a new number of rows and of parts at decoding."""
+    for length in range(640, 673):
+        prompt(length, masks(length)[form])
+    assert gpu.builds and max(gpu.builds.values()) == 1, gpu.builds
+    gpu.builds.clear()
+    for length in (40, 48, 64, 641, 4000, 4096, 20000):
+        for q_len in (1, 2, 16):
+            step(length, masks(q_len, length)[form], q_len)
+    assert max(gpu.builds.values(), default=0) <= 1, gpu.builds
+    gpu.builds.clear()
+    for length in (640, 641, 648, 656):
+        sink_statistics(
+            rows(length), rows(length, 2), IMAGE[:, :length], attention_mask=masks(length)[form],
+            return_column_mean=True, backend="triton",
+        )  # fmt: skip
+    assert gpu.builds and max(gpu.builds.values()) == 1, gpu.builds
+
+
+def test_how_an_additive_mask_lies_compiles_nothing(gpu):
+    """Addresses, strides and what is expanded; what is not aligned is copied, and no more than once for all heads."""
+    wide = torch.zeros(2, H, 64, 99, dtype=torch.bfloat16)
+    masks = [wide[..., :64], wide[:, :1, :, 3:67], wide[:1, :, :, 35:].transpose(2, 3), wide[:, :, :, :64].contiguous()]
+    masks += [wide[:, :, :1, 9:73].expand(-1, -1, 64, -1), wide[:, :1, :, 1:65].expand(-1, H, -1, -1)]
+    for mask in masks:
+        prompt(64, mask)
+        lies = launching.aligned(mask)
+        assert torch.equal(lies, mask) and lies.untyped_storage().nbytes() <= wide.nbytes
+    assert max(gpu.builds.values()) == 1, gpu.builds
+    assert launching.aligned(masks[3]) is masks[3] and launching.aligned(masks[5]).stride(1) == 0
 
 
 def test_the_launches_of_a_call(gpu):

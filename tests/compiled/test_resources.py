@@ -33,7 +33,11 @@ print(resources.build(row)[2])
 row = resources.Row("attend", "sm_90", "plain", 64)
 launch = resources.make_launch(row)
 launch.arguments["R"] = launch.arguments["R"]._replace(WGMMA=False)
-resources.make_launch = lambda row: launch
+make, resources.make_launch = resources.make_launch, lambda row: launch
+print(resources.build(row)[2])
+row = resources.Row("attend", "sm_80", "plain", 64)
+launch = make(row)
+launch.arguments["R"] = launch.arguments["R"]._replace(MMA_SYNC=False)
 print(resources.build(row)[2])
 """
 
@@ -41,12 +45,13 @@ print(resources.build(row)[2])
 def test_every_kind_of_wrong_build_is_told():
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
-    right, wrong, excused, spilling, slow, serialised = map(eval, done.stdout.splitlines())
+    right, wrong, excused, spilling, slow, serialised, twice = map(eval, done.stdout.splitlines())
     assert right == [] and excused == []
     assert wrong == ["more than 1 KiB of shared memory", "no UTCHMMA instruction"]
     assert len(spilling) == 1 and spilling[0].startswith("spills ")
     assert ["more than 4" in slow[0], "fewer than 20" in slow[1], len(slow)] == [True, True, 2]
     assert serialised == ["ptxas serialises wgmma: (C7515)"]
+    assert twice == ["takes every exp of the shared map 4.0 times"]
 
 
 EXP, PRODUCT, WAIT = "MUFU.EX2 R1, R2", "HGMMA.64x128x16.F32 R8, R4", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
@@ -76,7 +81,7 @@ def test_the_table_is_complete(short):
 
     for kernel, targets in (SHORT_TILES if short else TILES).items():
         assert set(targets) == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
-        for kinds in targets.values():
+        for target, kinds in targets.items():
             every = {"plain", "masked"} if short else {"plain", "masked", "float32"}
             assert set(kinds) == every or (short and not kinds)
             for tiles in kinds.values():
@@ -84,4 +89,6 @@ def test_the_table_is_complete(short):
                 for tile, dim in [(t, d) for t, d in zip(tiles, HEAD_DIMS, strict=True) if t]:
                     assert LSE_PAD % tile.block_m == PAD % tile.block_m == PAD % tile.block_n == 0
                     assert kernel != "attend" or tile.value_width >= dim
+                    if kernel == "attend" and target in ("sm_80", "sm_89"):  # a warp's share of the rows is 16
+                        assert tile.block_m == 16 * tile.num_warps
                     assert kernel != "one_pass" or KEYS_STEP % tile.block_n == 0
