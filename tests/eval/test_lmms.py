@@ -78,6 +78,20 @@ def test_settings_of_a_task(eah_hf, saved_model):
         ask(model, {**GREEDY, "image_aspect": "original"}, DOCS[:1])
 
 
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"layers": "1,2"}, r"layers must be numbers such as 1 or 0\+1, got '1,2'"),
+        ({"layers": -1}, "layers must be numbers"),
+        ({"batch_size": "auto"}, "batch_size must be a number from 1 on, got 'auto'"),
+        ({"batch_size": 0}, "batch_size must be a number from 1 on, got 0"),
+    ],
+)
+def test_model_args_of_wrong_form(eah_hf, given, error):
+    with pytest.raises(ValueError, match=error):
+        eah_hf(pretrained="nowhere", **given)
+
+
 def test_what_is_not_for_it(eah_hf, saved_model):
     with pytest.raises(ValueError, match=r"prompt_format must have {}"):
         eah_hf(pretrained=str(saved_model), prompt_format="<image>")

@@ -51,10 +51,15 @@ class EahHf(lmms):
     ):
         super().__init__()
         check_form(prompt_format, "prompt_format")
+        numbers = str(layers).split("+")
+        if not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"layers must be numbers such as 1 or 0+1, got {layers!r}")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size must be a number from 1 on, got {batch_size!r}")
         processor, self._model = load_pretrained(pretrained, dtype, device_of(device), trust_remote_code)
         self._prompts = Prompts(processor, form=prompt_format)
-        numbers = tuple(int(number) for number in str(layers).split("+"))
-        self._variant = Variant(numbers, float(threshold), float(min_density), decode, backend) if eah else None
+        knobs = tuple(map(int, numbers)), float(threshold), float(min_density), decode, backend
+        self._variant = Variant(*knobs) if eah else None
         self._batch_size = int(batch_size)
 
     def generate_until(self, requests) -> list[str]:
