@@ -38,18 +38,22 @@ def main() -> None:
         "looked at": lambda: look_at(model, inputs, None, "", 0.002, pictured=()),
         "looked at, with maps": lambda: look_at(model, inputs, None, "", 0.002, pictured=None),
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for number in range(asked.rounds + 1):  # the first warms up
         for name, run in contestants.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             run()
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     print(f"{asked.dtype}, {LAYERS} layers, {TOKENS} tokens, {asked.threads} threads")
-    for name, each in times.items():
-        ratio = statistics.median(each) / statistics.median(times["plain"])
-        spread = f"{1e3 * min(each):.0f}-{1e3 * max(each):.0f}"
-        print(f"{name:21} {1e3 * statistics.median(each):7.0f} ms ({spread}), {ratio:.3f} of the plain forward")
+    for clock, what in enumerate(("time", "CPU time, which a busy machine changes less")):
+        print(what)
+        plain = statistics.median(each[clock] for each in times["plain"])
+        for name, each in times.items():
+            seconds = [both[clock] for both in each]
+            spread = f"{1e3 * min(seconds):.0f}-{1e3 * max(seconds):.0f}"
+            median = statistics.median(seconds)
+            print(f"  {name:21} {1e3 * median:7.0f} ms ({spread}), {median / plain:.3f} of the plain forward")
 
 
 if __name__ == "__main__":

@@ -20,20 +20,15 @@ from bench.layers import Inputs
 from eah import cli
 from eah.cli import demo, doctor, models, samples
 
+from ..support.saved_model import save_small_llava
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
 
 
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory):
-    """The demo's model and processor in a folder, as a user's would be, and a picture."""
-    folder = tmp_path_factory.mktemp("model")
-    processor, model = samples.small_llava()
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder)
-    picture = folder / "picture.png"
-    samples.load_picture(None)[0].resize((60, 80)).save(picture)
-    return folder, picture
+    return save_small_llava(tmp_path_factory.mktemp("model"), "picture.png")
 
 
 @pytest.fixture

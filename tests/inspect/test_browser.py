@@ -6,10 +6,12 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
-from eah.inspect import look
+from eah.inspect import look, one, overview
+from eah.inspect.calibrate import calibrate, candidates, command
 from eah.inspect.compare import compare
-from eah.inspect.one import write
+from eah.inspect.many import record_of, thresholds_around
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -29,15 +31,21 @@ FOUND = "[...document.images].map(i => [i.naturalWidth, i.naturalHeight, i.alt, 
 ASK = ASK.replace("FOUND", FOUND).replace("SCROLL", "document.documentElement.scrollWidth")
 
 
-@pytest.fixture(scope="module")
-def page(tiny, tmp_path_factory):
-    out, (model, processor) = tmp_path_factory.mktemp("page"), tiny
-    from PIL import Image
-
-    picture = Image.linear_gradient("L").convert("RGB").resize((60, 40))
-    seen = look(model, processor, picture, "What is in the picture?", threshold=0.05)
-    compared = compare(model, processor, seen, max_new_tokens=4)
-    return write(seen, out, {"model": "tiny", "image": "gradient.png"}, [0, 1], compared)
+@pytest.fixture(scope="module", params=["one", "many"])
+def page(tiny, tmp_path_factory, request):
+    """The page of one picture, compared, and that of many, calibrated."""
+    out, picture = tmp_path_factory.mktemp("page"), Image.linear_gradient("L").convert("RGB").resize((60, 40))
+    seen = look(*tiny, picture, "What is in the picture?", threshold=0.05)
+    if request.param == "one":
+        compared = compare(*tiny, seen, max_new_tokens=4)
+        return one.write(seen, out, {"model": "tiny", "image": "gradient.png"}, [0, 1], compared)
+    thresholds = thresholds_around(seen)
+    record = {"image": "0.png", **record_of(seen, [0.05, *thresholds])}
+    cells = calibrate([record, record], thresholds)
+    chosen = [{**cell, "kl": {"median": 0.1, "largest": 0.2, "pictures": 2}} for cell in candidates(cells)]
+    calibration = {"cells": cells, "candidates": chosen, "commands": [command("m", "i", cell) for cell in chosen]}
+    names = {"model": "tiny", "images": "folder", "prompt": "What?", "threshold": 0.05}
+    return overview.write([record, record], names, out, 4, ("base", {"0.png": 0.5}), calibration)
 
 
 def framed(page, width, folder):
@@ -64,7 +72,7 @@ def test_every_picture_is_shown_and_nothing_is_wider_than_the_screen(page, tmp_p
     found = json.loads(re.search(r"<body>(\{.*\})</body>", printed)[1].replace("&amp;", "&"))
     assert found["width"] == width and found["scroll"] <= width and found["dark"] == dark
     assert found["loaded"] == [], "the page loads something"
-    assert len(found["images"]) == page.read_text().count("<img ") > 10
+    assert len(found["images"]) == page.read_text().count("<img ") >= 5
     for natural_width, natural_height, alt, _ in found["images"]:
         assert natural_width > 20 and natural_height > 20 and alt
     ground, ink = (sum(map(int, re.findall(r"\d+", found[name])[:3])) / 3 for name in ("ground", "ink"))
@@ -82,8 +90,6 @@ def test_it_prints_with_the_pictures_that_are_folded_away(page, tmp_path):
 
 
 def test_its_screenshot_is_not_blank(page, tmp_path):
-    from PIL import Image
-
     path = tmp_path / "shot.png"
     chromium(f"--screenshot={path}", "--window-size=500,2000", framed(page, 390, tmp_path), folder=tmp_path)
     with Image.open(path) as shot:

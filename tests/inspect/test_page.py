@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from eah import cli
-from eah.cli import samples
 from eah.cli.look import pictured_layers
 from eah.inspect import look
 from eah.inspect.figures import outline, spans
@@ -17,6 +16,7 @@ from eah.inspect.one import views, write
 
 from ..support.family_models import build as build_family
 from ..support.processors import PROCESSORS, processor_of
+from ..support.saved_model import save_small_llava
 from ..support.tiny_models import build
 
 
@@ -52,13 +52,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    processor, model = samples.small_llava()
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder)
-    picture = folder / "a <b> & 'c'.png"
-    samples.load_picture(None)[0].resize((60, 80)).save(picture)
-    return folder, picture
+    return save_small_llava(tmp_path_factory.mktemp("model"), "a <b> & 'c'.png")
 
 
 def run(capsys, saved_model, out, *more, **changes):
@@ -83,6 +77,8 @@ def test_a_page_of_one_picture(capsys, saved_model, tmp_path):
     files = sorted(path.name for path in tmp_path.glob("*.png"))
     assert len({image["src"] for image in page.images}) == len(files)
     assert all(len(image["alt"]) > 10 and int(image["width"]) > 0 for image in page.images)
+    of_the_layer = sum(len(image["src"]) for image in page.images if "layer 1" in image["alt"])
+    assert len(content) + 31 * of_the_layer < 10e6, "all 32 layers of LLaVA-1.5 would be more than 10 MB"
     assert prompt["--prompt"] in page.text and saved_model[1].name in page.text
     first = data["layers"][1]
     head, count = first["head"], max(first["sinks"])

@@ -6,6 +6,7 @@ They are drawn by matplotlib alone, without pyplot: nothing global is touched.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -92,16 +93,18 @@ def sinks(look: Look, threshold: float) -> bytes:
     figure = new_figure(1.3 + width * heads, 1.15 + height * len(numbers), layout="constrained")
     axes = inked(figure.add_subplot())
     drawn = None
+    highest = max(layer.counts(threshold).max().item() / layer.column_mean.shape[1] for layer in look.layers)
+    top = max(math.ceil(10 * highest) / 10, 0.1)
     for layer in look.layers:
         y, counts = numbers.index(layer.layer), layer.counts(threshold)
         density = counts / layer.column_mean.shape[1]
         drawn = axes.imshow(
-            density[None].numpy(), cmap="viridis", vmin=0, vmax=1, extent=(-0.5, len(counts) - 0.5, y + 0.5, y - 0.5)
+            density[None].numpy(), cmap="viridis", vmin=0, vmax=top, extent=(-0.5, len(counts) - 0.5, y + 0.5, y - 0.5)
         )
         winner = layer.head(threshold)
         for head, count in enumerate(counts.tolist()):
             if told:
-                ink = "black" if density[head] > 0.6 else "white"
+                ink = "black" if density[head] > 0.6 * top else "white"
                 axes.text(head, y, str(count), ha="center", va="center", fontsize=8, color=ink)
             if density[head] == 1:
                 box = Rectangle((head - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", edgecolor="black", linewidth=0)

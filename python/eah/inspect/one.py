@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eah.eval.files import replacing, write_json, write_text
+from eah.eval.files import replacing, write_text
 from eah.inspect import figures
 from eah.inspect.look import LayerLook, Look
 from eah.inspect.numbers import numbers
@@ -43,7 +44,7 @@ def write(look: Look, out: Path, names: dict[str, str], layers: Sequence[int], c
     if compared is not None:
         parts.append(compared.section(made))
     parts.append(_reading(look, data))
-    write_json(out / "inspect.json", data)
+    write_text(out / "inspect.json", json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
     page = out / "inspect.html"
     write_text(page, document(f"What EAH sees: {names.get('image', 'a picture')}", *parts))
     return page

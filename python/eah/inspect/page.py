@@ -34,6 +34,7 @@ figure img { max-width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 .wide img { max-width: none; }
 figcaption { font-size: .88rem; line-height: 1.4; margin-top: .35rem; max-width: 22rem; }
+.row figcaption { max-width: 19rem; }
 figure.alone figcaption { max-width: 46rem; }
 details { border: 1px solid var(--line); border-radius: .6rem; margin: .75rem 0; background: var(--card); }
 summary { cursor: pointer; padding: .7rem 1rem; font-weight: 600; }
@@ -72,7 +73,7 @@ class Picture:
     def html(self, kind: str = "") -> str:
         data = base64.b64encode(self.content).decode()
         width, height = (int.from_bytes(self.content[at : at + 4], "big") for at in (16, 20))  # of the IHDR chunk
-        size = f'width="{round(width / 1.4)}" height="{round(height / 1.4)}"'
+        size = f'width="{round(width / 1.45)}" height="{round(height / 1.45)}"'
         caption = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(self.alt)}" {size}>'
         image = f'<div class="wide" tabindex="0">{image}</div>' if kind == "wide" else image
