@@ -13,6 +13,7 @@ from eah_kernels import (
     EAHResult,
     Scoring,
     eah_attention,
+    eah_attention_varlen,
     receiving_heads,
     select_head,
     shared_map_attention,
@@ -106,6 +107,18 @@ def enhance(call: Call, image_mask: Tensor, knobs: Knobs) -> EAHResult:
     return eah_attention(call.query, call.key, call.value, image_mask, **knobs._asdict(), **call.scoring._asdict())
 
 
+def enhance_each(call: Call, image_mask: Tensor, cu_seqlens: Tensor, longest: int, knobs: Knobs) -> EAHResult:
+    """As `enhance`, of N sequences packed into a batch of one row: head (N,), sink_counts (N, Hq).
+
+    cu_seqlens, longest: as `eah_attention_varlen` takes them. Of the scoring there is no mask, and it is causal.
+    """
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in call[:3])
+    _, _, scale, window, softcap = call.scoring
+    rules = dict(scale=scale, sliding_window=window, softcap=softcap, **knobs._asdict())
+    output, head, counts = eah_attention_varlen(query, key, value, image_mask[0], cu_seqlens, longest, **rules)
+    return EAHResult(output.transpose(0, 1)[None], head, counts)
+
+
 class Selection(NamedTuple):
     """sink_counts (B, heads of all processes) int32; column_mean (B, Hq, Skv) float32 if it was asked for."""
 
@@ -168,6 +181,9 @@ def lend(
     Ordinary attention gives every head the chosen head's map when it is given that head's query and key in the place of
     every head's; the heads that do not receive it come from a second run.
 
+    With a choice by row, (B, S), in which rows of different heads do not see each other (packed sequences), a key is
+    that of its own row's head.
+
     Args:
         attention: of a query (B, Hq, S, D), key (B, Hkv, Skv, D), value (B, Hkv, Skv, Dv) and a mask makes the output
             (B, S, Hq, Dv) and the maps (B, Hq, S, Skv), or None in their place.
@@ -178,11 +194,16 @@ def lend(
     source = (head if block is None else head - block.rank * query.shape[1]).long()
     mine = (source >= 0) & (source < query.shape[1])
     row, source = torch.arange(len(head), device=head.device), torch.where(mine, source, 0)
-    lent_query, lent_key = query[row, source], key[row, source // (query.shape[1] // key.shape[1])]
+    kv_source = source // (query.shape[1] // key.shape[1])
+    if head.dim() == 1:
+        lent_query, lent_key = query[row, source], key[row, kv_source]
+    else:
+        token = torch.arange(query.shape[2], device=head.device)
+        lent_query, lent_key = query[row[:, None], source, token], key[row[:, None], kv_source, token]
     if block is not None:
         lent = torch.where(mine[:, None, None], torch.cat([lent_query, lent_key], dim=1), 0.0)
         lent_query, lent_key = _Sum.apply(lent, block.group).split([query.shape[2], key.shape[2]], dim=1)
-    own, lent_mask = (head < 0)[:, None, None, None], mask
+    own, lent_mask = (head < 0).view(len(head), 1, -1, 1), mask
     lent_query = torch.where(own, query, lent_query[:, None])
     lent_key = torch.where(own, key, lent_key[:, None])
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
@@ -192,7 +213,8 @@ def lend(
     if receives is None:
         return output, maps
     own_output, own_maps = attention(query, key, value, mask)
-    receives = (receives if block is None else block.own(receives))[:, :, None, None]
+    receives = receives if block is None else block.own(receives)
+    receives = receives.view(*receives.shape[:2], -1, 1)
     output = torch.where(receives.transpose(1, 2), output, own_output)
     return output, maps if maps is None or own_maps is None else torch.where(receives, maps, own_maps)
 

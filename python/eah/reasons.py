@@ -14,7 +14,10 @@ class Reason(Enum):
     BY_POSITION = "arguments after input_ids were passed to the base model by position; pass them by name"
     CACHED = "tokens were in the cache before this forward (a second turn, a chunk of a prompt, or drafted tokens)"
     CHUNKED = "the prompt is fed in chunks (prefill_chunk_size), and the head is chosen by all of it"
-    PACKED = "the position_ids restart within a row: several packed sequences"
+    PACKED = (
+        "the position_ids restart within a row: several packed sequences, which are enhanced in a batch of one row, "
+        "without a cache, where the attention is plainly causal"
+    )
     CONTINUOUS = "continuous batching packs several sequences"
     UNREADABLE_CACHE = "whether the cache is empty cannot be read while compiling or capturing"
     UNREADABLE_POSITIONS = (

@@ -15,7 +15,10 @@ HELD = "a forward of several tokens on the cache was lent the held head's map, w
 
 
 class Acted(NamedTuple):
-    """What a layer leaves behind in a prefill: tensors on their device, read only when a report is asked for."""
+    """What a layer leaves behind in a prefill: tensors on their device, read only when a report is asked for.
+
+    Of packed sequences each is a row, its tokens the first of the S.
+    """
 
     head: Tensor  # (B,) int32
     sink_counts: Tensor  # (B, Hq) int32
@@ -39,7 +42,7 @@ Record = Acted | StoodAside
 
 @dataclass(frozen=True)
 class RowReport:
-    """One batch row of a prefill: the head that lent its map, or None and why.
+    """One batch row of a prefill, or one of the sequences packed into one: the head that lent its map, or None and why.
 
     How much the choice says depends on the prompt's length: in a short prompt attention that favours nothing exceeds
     the threshold, too. That uniform attention gives each of the keys that a row sees the same, and its mean u_j down a

@@ -86,14 +86,6 @@ def test_attention_dropout_in_training():
         assert handle.report().layers[0].stood_aside is None
 
 
-@pytest.mark.seam
-def test_packed_sequences():
-    inputs = prompt("llava", ["abIcdefghi"])
-    del inputs["attention_mask"]
-    restarting = (torch.arange(inputs["input_ids"].shape[1]) % 12)[None]
-    stands_aside(build("llava"), Reason.PACKED.value, **inputs, position_ids=restarting, use_cache=False)
-
-
 def test_mask_of_an_unknown_form():
     mask = torch.ones(1, 1, 1, 19, dtype=torch.bool)
     inputs = prompt("llava", ["abIcdefghi"])

@@ -68,8 +68,10 @@ def test_every_layer_hands_out_its_own_map(family):
         torch.testing.assert_close(got[1][number][:, real], want[:, real])
 
 
-def packed(inputs):
-    return {"input_ids": inputs["input_ids"], "position_ids": torch.arange(inputs["input_ids"].shape[1])[None] % 12}
+def packed(inputs, rows=2):
+    """Sequences of 12 tokens in each row; in more rows than one EAH stands aside."""
+    ids = inputs["input_ids"].repeat(rows, 1)
+    return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None] % 12}
 
 
 def said(run):
@@ -245,7 +247,7 @@ def test_a_method_that_is_set_while_enabled_stays():
 def test_positions_that_do_not_count_up(attn, positions):
     """One sequence where the model makes a cache, by default or by its config; packed ones where it does not."""
     model, inputs = build("llava", attn), prompt("llava", ["abIcdefghi"])
-    ids = packed(inputs)
+    ids = packed(inputs, rows=1)
     if positions == "gaps":
         ids["position_ids"] = 3 * torch.arange(inputs["input_ids"].shape[1])[None]
     oracle = tuned(model, {**inputs, "position_ids": ids["position_ids"]})
@@ -255,11 +257,14 @@ def test_positions_that_do_not_count_up(attn, positions):
             got = model(**ids, pixel_values=inputs["pixel_values"], **more).logits
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             assert handle.report().layers[0].rows[0].head == oracle.head[1].item()
+        sequences = {"restarting": 2, "gaps": 18}[positions]
         model(**ids, use_cache=False)
-        assert handle.report().layers[0].stood_aside == Reason.PACKED.value
+        assert len(handle.report().layers[0].rows) == sequences
+        model(**ids)
+        assert len(handle.report().layers[0].rows) == 1
         model.config.text_config.use_cache = False
         model(**ids)
-        assert handle.report().layers[0].stood_aside == Reason.PACKED.value
+        assert len(handle.report().layers[0].rows) == sequences
 
 
 @pytest.mark.seam

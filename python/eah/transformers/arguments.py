@@ -59,6 +59,17 @@ def _scoring_of_prompt(layer: SwappedLayer, forward: Forward, prompt: Prompt) ->
     return _scoring(forward, _dense(mask, device)[..., :q_len], False)
 
 
+def sequences_are_apart(layer: SwappedLayer, forward: Forward, prompt: Prompt) -> bool:
+    """Whether each of a prompt's packed sequences sees itself alone, and causally."""
+    sequences, mask = prompt.sequences, forward.mask
+    if sequences is None or forward.has_cache:
+        return False
+    if forward.implementation in FLASH:  # it has another sign of a sequence's begin: the lowest position
+        return mask is None and sequences.from_zero and _is_causal(layer, forward)
+    made_for_it = layer.settings.tested and plain_causal(layer.config, forward.keywords) and mask is not None
+    return made_for_it and sequences.are_apart(_dense(mask, forward.query.device))
+
+
 def call_on_cache(layer: SwappedLayer, forward: Forward) -> Call:
     """What arrived with a forward on a cache. The mask says which keys are written; without one, all are.
 

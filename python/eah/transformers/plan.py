@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from eah.method import Call, Choice, HeadBlock, Knobs, Selection, attend, enhance, lend, receivers, select
+from eah.method import (
+    Call,
+    Choice,
+    HeadBlock,
+    Knobs,
+    Selection,
+    attend,
+    enhance,
+    enhance_each,
+    lend,
+    receivers,
+    select,
+)
 from eah.reasons import Filled, Reason, Why
 from eah.report import Acted, Record, StoodAside
 from eah.transformers import cache
@@ -20,6 +32,7 @@ from eah.transformers.arguments import (
     call_on_cache,
     mask_is_known,
     plain_causal,
+    sequences_are_apart,
 )
 from eah.transformers.cache import Advanced, Begun, Nothing, Tracked
 from eah.transformers.forward import FLASH, HANDLED, Forward
@@ -68,6 +81,8 @@ def plan_of(layer: SwappedLayer, forward: Forward) -> Plan:
     if isinstance(prompt, Continued):
         call = call_on_cache(layer, forward)
         return Hold(call, through) if mode == "hold" else Track(call, through, prompt.image_mask)
+    if prompt.sequences is not None and not forward.has_cache:
+        return ChooseEach(call_of_prompt(layer, forward, prompt), through, prompt)
     keeps = "off" if mode == "off" or kept is None or (mode == "track" and spread) else mode
     return Choose(call_of_prompt(layer, forward, prompt), through, prompt, keeps)
 
@@ -92,15 +107,18 @@ def _why_no_map(layer: SwappedLayer, forward: Forward) -> Why | None:
 
 
 def _why_not_begun(layer: SwappedLayer, forward: Forward, prompt: Prompt) -> Why | None:
-    """This is not a whole prompt of one sequence a row."""
+    """This is neither a whole prompt of one sequence a row nor one of packed sequences that keep apart."""
     (batch, _, q_len, _), kv_len = forward.query.shape, forward.key.shape[2]
     aligned = kv_len == q_len or (kv_len > q_len and prompt.has_cache)
     if not aligned or tuple(prompt.image_mask.shape) != (batch, q_len):
         return Reason.UNALIGNED
     if not mask_is_known(forward):
         return Reason.MASK_FORM
-    if prompt.without_cache is None or not forward.has_cache or forward.implementation in FLASH:
-        return prompt.without_cache
+    if prompt.without_cache is None:
+        return None
+    if not forward.has_cache or forward.implementation in FLASH:
+        known = forward.query.shape[1] == layer.heads and sequences_are_apart(layer, forward, prompt)
+        return None if known else prompt.without_cache
     one_sequence = forward.mask is None or plain_causal(layer.config, forward.keywords)  # of a mask made with the cache
     return None if one_sequence else prompt.without_cache
 
@@ -217,6 +235,30 @@ class Choose(NamedTuple):
         return Done(output.transpose(1, 2), None, record, carried)
 
 
+class ChooseEach(NamedTuple):
+    """Packed sequences in a batch of one row, without a cache: for each a head is chosen, which lends its map in it."""
+
+    call: Call
+    through: Fused | Base
+    prompt: Prompt
+
+    def run(self, layer: SwappedLayer, forward: Forward) -> Done:
+        call, through, prompt = self
+        sequences, knobs, device = prompt.sequences, layer.settings.knobs, call.query.device
+        assert sequences is not None  # plan_of
+        image_mask, cu_seqlens = prompt.image_mask.to(device), sequences.cu_seqlens(device)
+        with torch.no_grad():
+            output, head, counts = enhance_each(call, image_mask, cu_seqlens, max(sequences.lengths), knobs)
+        images, real = (sequences.as_rows(tokens) for tokens in (image_mask[0], torch.ones_like(image_mask[0])))
+        sight = sight_of(images, call.scoring._replace(attention_mask=real))
+        record = Acted(head, counts, images, sight, prompt.by_embedding)
+        if isinstance(through, Fused):
+            return Done(output.transpose(1, 2), None, record)
+        of_tokens, receives = sequences.of_tokens(device), receivers(counts, head, knobs)
+        choice = Choice(head[of_tokens][None], None if receives is None else receives[of_tokens].T[None])
+        return Done(*through.output(layer, forward, call, choice), record)
+
+
 class Hold(NamedTuple):
     """A forward on a cache, with the head that its sequence carries."""
 
@@ -252,4 +294,4 @@ class Track(NamedTuple):
         return Done(*self.through.output(layer, forward, self.call, choice), record, carried, last)
 
 
-Plan = Own | Choose | Hold | Track
+Plan = Own | Choose | ChooseEach | Hold | Track

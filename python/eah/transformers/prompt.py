@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eah.reasons import Reason
+from eah.transformers.packed import Sequences
 
 PROMPT = "eah_prompt"  # the keyword that carries what is found here down to the attention layers
 
@@ -24,7 +25,8 @@ class Prompt(NamedTuple):
     own_mask: bool = False  # the caller passed finished attention masks (4-D, or one per layer type)
     has_cache: bool = False  # keys may be longer than S: a static cache
     by_embedding: bool = False  # image tokens were looked for among embeddings, without ids
-    without_cache: Reason | None = None  # why to stand aside where the model makes no cache of its own
+    without_cache: Reason | None = None  # why this is no single sequence where the model makes no cache of its own
+    sequences: Sequences | None = None  # what it then is, where that is known
 
 
 class Continued(NamedTuple):
@@ -110,7 +112,7 @@ class ImageTokens:
         if not cached and self.chunking and (torch.compiler.is_compiling() or get_ident() in self.chunking):
             return Aside(Reason.CHUNKED)
         one_sequence = cached or mask is not None or cache is not None
-        without_cache = None if one_sequence else _why_not_one_sequence(kwargs.get("position_ids"))
+        packed = None if one_sequence else _packed(kwargs.get("position_ids"), len(tokens))
         if self.given_masks and torch.compiler.is_compiling():
             return Aside(Reason.UNREADABLE_MASK)
         image_mask = self.find(base, input_ids, tokens, kwargs, cached)
@@ -123,7 +125,8 @@ class ImageTokens:
             own_mask=mask is not None and padding is None,
             has_cache=cache is not None,
             by_embedding=input_ids is None and self.position_mask is None and self.given_mask() is None,
-            without_cache=without_cache,
+            without_cache=Reason.PACKED if isinstance(packed, Sequences) else packed,
+            sequences=packed if isinstance(packed, Sequences) else None,
         )
 
     def given_mask(self) -> Tensor | None:
@@ -179,8 +182,9 @@ def _tokens_in(cache, layer: int) -> int | None:
     return seen
 
 
-def _why_not_one_sequence(position_ids) -> Reason | None:
-    """Without mask and cache, transformers takes position_ids that do not count up as packed sequences.
+def _packed(position_ids, batch: int) -> Reason | Sequences | None:
+    """Without mask and cache, transformers takes position_ids that do not count up as packed sequences. Those of a
+    batch of one row, or a reason; None: a single sequence a row.
 
     Whether the decoder makes a cache (use_cache) is seen by its layers only.
     """
@@ -192,7 +196,9 @@ def _why_not_one_sequence(position_ids) -> Reason | None:
         position_ids = position_ids[0]
     if not _readable():
         return Reason.UNREADABLE_POSITIONS
-    return Reason.PACKED if (position_ids.diff(dim=-1) != 1).any().item() else None
+    if not (position_ids.diff(dim=-1) != 1).any().item():
+        return None
+    return Sequences.of(position_ids[0]) if batch == 1 else Reason.PACKED
 
 
 def _readable() -> bool:
