@@ -24,7 +24,7 @@ README, USAGE, TROUBLESHOOTING = (
 )
 [REAL_MODEL] = re.findall(r"```python\n(import torch.+?)```", README, re.S)
 [HANDLE] = re.findall(r"```python\n(handle = .+?)```", USAGE, re.S)
-[ONE_LAYER] = re.findall(r"```python\n(from eah_kernels .+?)```", USAGE, re.S)
+ONE_LAYER, PACKED = re.findall(r"```python\n(from eah_kernels .+?)```", USAGE, re.S)
 ERRORS = TROUBLESHOOTING.split("<!-- errors -->")[1].split("<!-- end of errors -->")[0]
 
 
@@ -76,6 +76,11 @@ def test_the_code_for_the_kernels():
     names = dict(query=query, key=key, value=value, image_mask=image_mask)
     exec(ONE_LAYER, names)
     assert names["output"].shape == query.shape and names["head"].shape == (1,) and names["sink_counts"].shape == (1, 4)
+    packed = {name: names[name][0].transpose(0, 1) for name in ("query", "key", "value")}
+    cu_seqlens = torch.tensor([0, 45, 60], dtype=torch.int32)
+    names |= packed | dict(image_mask=image_mask[0], cu_seqlens=cu_seqlens, max_seqlen=45)
+    exec(PACKED, names)
+    assert names["output"].shape == packed["query"].shape and names["head"].shape == (2,)
 
 
 def printed_errors(llava, monkeypatch, capsys):
