@@ -81,7 +81,7 @@ def grids(processor, inputs: Mapping[str, Any], images, config) -> list[Grid]:
     sizes = [size[::-1] if turn >= 5 else size for size, turn in zip(stored, turns, strict=True)]
     try:
         layout = layout_of(config.model_type)
-        call = Call(processor, inputs, config, stored, image_mask)
+        call = Call(processor, inputs, config, pictures, stored, image_mask)
         cells = [layout(call, index) for index in range(len(pictures))]
         owners = _owners(image_mask, [len(tokens) for tokens in cells])
     except NoOverlayError as why:

@@ -30,7 +30,8 @@ class Call:
     processor: Any
     inputs: Mapping[str, Any]
     config: Any
-    sizes: list[tuple[int, int]]  # width, height of each picture as it is stored
+    pictures: list[Any]
+    sizes: list[Size]  # of each picture as it is stored
     image_mask: Tensor  # (B, S) bool, the image tokens of the pictures
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from eah.patches.call import Call, Cell, NoOverlayError, expect, kind_of, patches, resized
 from eah.patches.geometry import Drawn, Size, squared, whole
 from eah.patches.tiled import gemma3, idefics3, internvl, llava_next, llava_onevision
@@ -14,6 +16,7 @@ def llava(call: Call, index: int) -> list[Cell]:
         return mistral3(call, index)
     height, width = call.input("pixel_values", index).shape[-2:]
     drawn = cropped_or_padded(call.image_processor, call.sizes[index], (width, height))
+    expect_pixels(call, index)
     patch = call.config.vision_config.patch_size
     rows, columns = height // patch, width // patch
     ahead = getattr(call.processor, "num_additional_image_tokens", 0)  # such as CLIP's class token
@@ -23,6 +26,7 @@ def llava(call: Call, index: int) -> list[Cell]:
 
 def qwen2_vl(call: Call, index: int) -> list[Cell]:
     """Also of its successors: windows of attention are undone before the tokens leave the vision encoder."""
+    expect(call.image_processor, "Qwen2VLImageProcessor", "Glm4vImageProcessor", "Glm46VImageProcessor")
     time, height, width = call.input("image_grid_thw", index).tolist()
     if time != 1:
         raise NoOverlayError(f"picture {index} has {time} frames")
@@ -44,14 +48,23 @@ LAYOUTS: dict[str, Callable[[Call, int], list[Cell]]] = {
     "gemma3": gemma3,
     "idefics3": idefics3,
     "internvl": internvl,
+    "lighton_ocr": mistral3,
     "llava": llava,
     "llava_next": llava_next,
+    "llava_next_video": llava_next,
     "llava_onevision": llava_onevision,
     "mistral3": mistral3,
     "paligemma": llava,
+    "qianfan_ocr": internvl,
     "smolvlm": idefics3,
     "vipllava": llava,
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe"), qwen2_vl),
+    **dict.fromkeys(
+        (
+            *("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"),
+            *("qwen3_5", "qwen3_5_moe", "exaone4_5", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
+        ),
+        qwen2_vl,
+    ),
 }
 
 QUERIES = "its image tokens are learned queries, each of which looks at the whole picture: they have no place in it"
@@ -96,6 +109,20 @@ def cropped_or_padded(image_processor, size: Size, canvas: Size) -> Drawn:
         name = kind_of(image_processor)
         raise NoOverlayError(f"the pixels are {seen}, but {name} with its settings makes {expected} of this picture")
     return Drawn(whole(size), at)
+
+
+def expect_pixels(call: Call, index: int) -> None:
+    """That the processor was called with this picture, and with nothing that changes what its image processor does:
+    nothing else in the inputs of these families tells.
+
+    Raises:
+        NoOverlayError: the pixels differ by more than a half-precision number or another device makes them.
+    """
+    got = call.input("pixel_values", index).float().cpu()
+    made = call.image_processor(call.pictures[index], return_tensors="pt")["pixel_values"][0].float().cpu()
+    if got.shape != made.shape or not torch.allclose(got, made, rtol=0, atol=0.02 * float(made.abs().max())):
+        name = kind_of(call.image_processor)
+        raise NoOverlayError(f"the pixels of picture {index} are not those that {name} with its settings makes of it")
 
 
 def _start(image_processor, old: int, new: int) -> int:
