@@ -48,6 +48,12 @@ CASES = {
     "llava padded": Case("llava", {"size": SIDE, "crop_size": SIDE, "do_pad": True}, settings=CLIP),
     "llava squashed": Case("llava", {"kind": "Siglip", "size": SIDE}, settings=CLIP),
     "llava small crop": Case("llava", {"size": {"shortest_edge": 33}, "crop_size": SIDE}, settings=CLIP),
+    "llava with its class token": Case(
+        "llava",
+        {"kind": "CLIP", "size": SIDE, "crop_size": SIDE},
+        settings={**CLIP, "vision_feature_select_strategy": "full"},
+        top={"vision_feature_select_strategy": "full"},
+    ),
     "llava of Pixtral": Case(
         "llava",
         {"patch_size": 14, "size": {"longest_edge": 140}},

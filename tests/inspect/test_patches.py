@@ -172,13 +172,13 @@ TURNS = dict(enumerate(["TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"], 5
 TURNS |= {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"}
 
 
-def stored(picture, orientation):
+def stored(picture, orientation, kind="PNG"):
     """The picture as a file holds it with this EXIF orientation."""
     if orientation in TURNS:
         picture = picture.transpose(getattr(Image.Transpose, TURNS[orientation]))
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
-    picture.save(file, "PNG", exif=exif)
+    picture.save(file, kind, exif=exif)
     return Image.open(file)
 
 
@@ -192,3 +192,12 @@ def test_boxes_are_in_the_upright_picture(orientation, models):
     for rectangle in rectangles(picture.size, orientation, 6):
         _, after = processed(case, [[stored(changed(picture, rectangle), orientation)]], ["Ia"])
         check(case, model, features(model, inputs), after, found, 0, rectangle)
+
+
+def test_a_picture_that_pil_turns_upright_is_not_turned_again(models):
+    """Of a TIFF, when its pixels are read."""
+    case, model, picture = CASES["llava padded"], models("llava padded"), noise((150, 80), 1)
+    processor, inputs = processed(case, [[picture]], ["Ia"])
+    assert grids(processor, inputs, stored(picture, 6, "TIFF"), model.config) == grids(
+        processor, inputs, picture, model.config
+    )

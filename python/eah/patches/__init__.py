@@ -85,7 +85,7 @@ def grids(processor, inputs: Mapping[str, Any], images, config) -> list[Grid]:
         cells = [layout(call, index) for index in range(len(pictures))]
         owners = _owners(image_mask, [len(tokens) for tokens in cells])
     except NoOverlayError as why:
-        alone = 0 if len(pictures) == 1 else None
+        alone = 0 if len(pictures) == 1 and image_mask.any(1).sum() == 1 else None
         found = [_unplaced(row, mask, alone, sizes, str(why)) for row, mask in enumerate(image_mask)]
     else:
         found = []
@@ -101,7 +101,8 @@ def _flat(images) -> Iterator[Any]:
     if isinstance(images, (list, tuple)):
         for image in images:
             yield from _flat(image)
-    elif hasattr(images, "getexif") and hasattr(images, "size"):
+    elif hasattr(images, "getexif") and hasattr(images, "load"):
+        images.load()  # of a TIFF this changes what EXIF says: PIL turns its pixels upright
         yield images
     else:
         raise TypeError(f"images must be PIL pictures, as PIL.Image.open gives them, got {type(images).__name__}")
@@ -134,16 +135,16 @@ def _owners(mask: Tensor, counts: Sequence[int]) -> list[tuple[int, tuple[int, .
     """
     owners, left = [], list(counts)
     for row, places in enumerate(mask):
-        positions = places.nonzero().flatten().tolist()
-        while positions:
-            if not left or left[0] > len(positions) or not left[0]:
-                total = int(mask.sum())
-                raise NoOverlayError(f"the pictures have {sum(counts)} tokens, the prompt has {total} for them")
+        positions = tuple(places.nonzero().flatten().tolist())
+        while positions and left and 0 < left[0] <= len(positions):
             count = left.pop(0)
-            owners.append((row, tuple(positions[:count])))
+            owners.append((row, positions[:count]))
             positions = positions[count:]
-    if left:
-        raise NoOverlayError(f"the pictures have {sum(counts)} tokens, the prompt has {int(mask.sum())} for them")
+        if positions:
+            break
+    if positions or left:
+        have, want = (" + ".join(map(str, numbers)) or "no" for numbers in (counts, mask.sum(1).tolist()))
+        raise NoOverlayError(f"the pictures have {have} tokens, the rows of the prompts {want}")
     return owners
 
 

@@ -85,9 +85,8 @@ def _any_resolution(call: Call, index: int, most: int | None) -> list[Cell]:
 
 def _spans(start: int, end: int, count: int) -> Iterator[tuple[float, float]]:
     """`count` equal parts of start..end."""
-    step = (end - start) / count
     for part in range(count):
-        yield start + part * step, start + (part + 1) * step
+        yield start + (end - start) * part / count, start + (end - start) * (part + 1) / count
 
 
 def _edges(start: float, end: float, count: int, side: int, pixels: int) -> tuple[float, float]:
