@@ -129,6 +129,13 @@ def test_an_entry_of_two_truth_words_covers_the_first(tmp_path):
     assert metrics["cover"] == 1 / 2  # puppy is of cat, the first
 
 
+def test_a_truth_word_that_is_there_twice_is_covered_once(tmp_path):
+    """As in the official annotations, which have "ship" twice of one picture: the second is never covered."""
+    annotation = GENERATIVE | {"truth": ["dog", "dog", "tree"], "hallu": ["cat", "cat"]}
+    _, metrics, _ = judge(load(folder(tmp_path / "a", [annotation])), "dog hound kitten cat")
+    assert (metrics["cover"], metrics["cog"]) == (1 / 3, 1 / 2)
+
+
 QUESTIONS = [
     {"id": 1, "type": "discriminative-hallucination", "truth": "no"},
     {"id": 2, "type": "discriminative-hallucination", "truth": "no"},

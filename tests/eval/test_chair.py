@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("numpy")
 
 from eah.eval.answers import read_answers
-from eah.eval.chair import Chair, merge
+from eah.eval.chair import Chair, merge, synonym_table
 
 from . import coco
 
@@ -72,6 +72,13 @@ def test_pairs_merge_from_left_to_right(tokens, merged):
 )
 def test_the_objects_of_a_caption(chair, caption, objects, length):
     assert chair.parse(caption) == (objects, length)
+
+
+def test_of_a_word_in_several_lines_the_last_counts(tmp_path):
+    path = tmp_path / "synonyms.txt"
+    path.write_text("person, baby, person\n\ndog, pup\nbear, pup,  cub, dog\n")
+    table = synonym_table(path)
+    assert table == {"person": "person", "baby": "person", "dog": "bear", "pup": "bear", "bear": "bear", " cub": "bear"}
 
 
 def test_true_objects_are_those_of_instances_and_of_human_captions(chair):
