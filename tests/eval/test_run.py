@@ -258,6 +258,38 @@ def test_chair_in_subsets(saved_model, tmp_path, capsys):
     assert again[0] == 0 and answers(tmp_path / "other").keys() == texts.keys() and answers(tmp_path / "other") != texts
 
 
+def test_annotated_images_without_a_picture_are_counted(saved_model, tmp_path, capsys):
+    """Of COCO's images a folder holds those of one split. Others are drawn when there are more: not into one folder."""
+    import shutil
+
+    shutil.copytree(saved_model / "images", tmp_path / "images")
+    name = sorted(os.listdir(tmp_path / "images"))[0]
+    (tmp_path / "images" / name).unlink()
+    more = ("--images", tmp_path / "images", "--limit", 2, "--words", "builtin", "--no-base")
+    status, _, err = run(capsys, saved_model, tmp_path / "out", *more, bench="chair")
+    assert status == 0
+    assert f"eah eval: annotated, but not in {tmp_path / 'images'}: 1 images\n" in err
+    assert json.loads((tmp_path / "out/run.json").read_text())["candidates"] == 6
+    shutil.copy(saved_model / "images" / name, tmp_path / "images")
+    status, _, err = run(capsys, saved_model, tmp_path / "out", *more, bench="chair")
+    assert status == 1 and "candidates was 6 and is 7" in err
+
+
+def test_a_part_without_an_item(saved_model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other_popular.json").write_text(
+        json.dumps({"image": "1.jpg", "text": "a", "label": "no"}) + "\n", encoding="utf-8"
+    )
+    (tmp_path / "list.txt").write_text("1.jpg\n")
+    two = ("--data", saved_model / "pope_random.json", tmp_path / "other_popular.json")
+    for bench, more, named in (
+        ("chair", ("--images", tmp_path / "empty", "--words", "builtin"), f"no picture of {tmp_path / 'empty'} has"),
+        ("pope", (*two, "--image-list", tmp_path / "list.txt"), "part random has no item of the images"),
+    ):
+        status, out, err = run(capsys, saved_model, tmp_path / "out", *more, bench=bench)
+        assert status == 1 and out == "" and err.count("\n") == 1 and named in err, err
+
+
 def test_our_answers_can_be_scored_again(saved_model, finished, tmp_path, capsys):
     given = [f"{name}={finished / 'answers' / name}.random.jsonl" for name in ("base", "eah-l1-t0.05")]
     data = saved_model / "pope_random.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from eah.eval.generation import SUFFIXES, check_changes, neutral_config
 from eah.eval.journal import alone_in
 from eah.eval.mmhal import Mmhal
 from eah.eval.run import answer, check_pictures, check_settings, check_variants, tasks, versions
-from eah.eval.subsets import with_files
+from eah.eval.subsets import images_of, with_files
 from eah.eval.variants import product
 from eah.transformers.inputs import Prompts, check_form
 from eah.transformers.pretrained import device_of, load_pretrained
@@ -38,13 +39,11 @@ def start(benchmark, scoring: dict, arguments) -> int:
             f"--seeds {' '.join(map(str, arguments.seeds))} are of sampling: --generation do_sample=true; "
             "greedy answers are the same for each"
         )
-    parts = benchmark.parts
-    if benchmark.name == "chair" and not arguments.image_list:
-        parts = with_files(parts, arguments.images)  # COCO's folder holds one split, the annotations often two
-    parts = selected(parts, arguments)
+    candidates = pictured(benchmark, arguments)
+    parts = selected(candidates, arguments)
     empty = [part for part, items in parts.items() if not items]
     if empty:
-        raise ValueError(f"part {empty[0]} has no item: no picture of {arguments.images} has annotations")
+        raise ValueError(f"part {empty[0]} has no item of the images that were chosen")
     todo = tasks(variants, not arguments.no_base, parts, arguments.seeds)
     check_pictures(arguments.images, todo)
     device = device_of(arguments.device, "--device")
@@ -54,6 +53,7 @@ def start(benchmark, scoring: dict, arguments) -> int:
         "data": {path.name: sha256(path) for path in benchmark.files},
         "image_list": sha256(arguments.image_list) if arguments.image_list else None,
         "images": arguments.images,
+        "candidates": len(images_of(candidates)),
         "limit": arguments.limit,
         "subsets": arguments.subsets,
         "seed": arguments.seed,
@@ -82,10 +82,24 @@ def start(benchmark, scoring: dict, arguments) -> int:
         }
         check_settings(out, asked | resolved)
         write_json(out / "run.json", asked | resolved)
+        left_out = len(images_of(benchmark.parts)) - asked["candidates"]
+        if left_out:
+            print(f"eah eval: annotated, but not in {arguments.images}: {left_out} images", file=sys.stderr)
         answered = answer(model, prompts, config, todo, arguments.images, arguments.batch_size, out)
         if isinstance(benchmark, Mmhal):
             return hand_to_judge(benchmark, answered, out)
         return finish(benchmark, answered, scoring, arguments)
+
+
+def pictured(benchmark, arguments):
+    """The parts' items that may be chosen: CHAIR's with a picture, for COCO's folder holds one split, its annotations
+    often two; else, and where they are listed, all."""
+    if benchmark.name != "chair" or arguments.image_list:
+        return benchmark.parts
+    parts = with_files(benchmark.parts, arguments.images)
+    if not images_of(parts):
+        raise ValueError(f"no picture of {arguments.images} has annotations")
+    return parts
 
 
 def hand_to_judge(benchmark: Mmhal, answered, out: Path) -> int:

@@ -12,6 +12,10 @@ from eah.eval.files import read_text
 Parts = Mapping[str, Sequence[Item]]
 
 
+def images_of(parts: Parts) -> set[str]:
+    return {item.image for items in parts.values() for item in items}
+
+
 def sliced(parts: Parts, limit: int | None, count: int, seed: int) -> dict[str, list[Item]]:
     """The items of `count` disjoint subsets of `limit` images; several are parts of their own, by number from 1 on.
 
@@ -22,7 +26,7 @@ def sliced(parts: Parts, limit: int | None, count: int, seed: int) -> dict[str, 
     """
     if limit is None:
         return {part: list(items) for part, items in parts.items()}
-    images = sorted({item.image for items in parts.values() for item in items})
+    images = sorted(images_of(parts))
     if limit * count > len(images):
         raise ValueError(f"--limit {limit} x --subsets {count} are {limit * count} images, and there are {len(images)}")
     random.Random(seed).shuffle(images)
@@ -44,7 +48,7 @@ def listed(parts: Parts, path: str) -> dict[str, list[Item]]:
     lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path} is empty")
-    images = {item.image for items in parts.values() for item in items}
+    images = images_of(parts)
     asked = [item for items in parts.values() for item in items]
     by_id = {str(item.id): item.image for item in asked} if len(asked) == len(images) else {}
     chosen = {}
