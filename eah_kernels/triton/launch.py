@@ -89,7 +89,7 @@ class Problem:
         self.fast = fast and self._suits_gluon(scoring)
         mask = None
         if self.mask is not None:
-            mask = mask_view(self.mask.expand(batch, heads, q_len, kv_len), odd=not by_key)
+            mask = mask_view(self.mask, odd=not by_key)
         self.arguments = dict(
             q=view(self.query), k=view(self.key), mask=mask, batch=batch, q_len=q_len, kv_len=kv_len,
             window=scoring.sliding_window or 0, scale=scale, R=self.rules,
@@ -98,19 +98,14 @@ class Problem:
     def packed_for_keys(self) -> Packed:
         """The packed mask for a kernel that walks the keys of a row block; empty without a mask."""
         packed = self.packed
-        return Packed() if packed is None else self._every_head(packed.words, packed.cells, packed.seen)
+        return Packed() if packed is None else _views(packed.words, packed.cells, packed.seen)
 
     def packed_for_rows(self) -> Packed:
         """The packed mask for a kernel that walks the rows of a key block."""
         packed = self.packed
         if packed is None:
             return Packed()
-        return self._every_head(packed.column_words, packed.column_cells, None, packed.column_counts, packed.before)
-
-    def _every_head(self, *tensors: Tensor | None) -> Packed:
-        """Views over every batch row and head, also where one mask serves them all."""
-        shape = self.query.shape[:2]
-        return Packed(*(None if tensor is None else view(tensor.expand(*shape, -1, -1)) for tensor in tensors))
+        return _views(packed.column_words, packed.column_cells, None, packed.column_counts, packed.before)
 
     def tile(self, kernel: str, value_dim: int = 0) -> Tile:
         return find_tile(kernel, *self._row(value_dim))
@@ -191,8 +186,7 @@ def kernel_mask(mask: Tensor | None, by_key: bool = True) -> tuple[Tensor | None
         return None, NO_MASK.value, 0.0
     if mask.dim() == 2 and by_key:
         batch, kv_len = mask.shape
-        bias = mask.new_empty(batch, 1, 1, cdiv(kv_len, 16) * 16, dtype=torch.float32)
-        return bias[..., :kv_len], KEY_MASK.value, -math.inf
+        return mask.new_empty(batch, 1, 1, cdiv(kv_len, 16) * 16, dtype=torch.float32), KEY_MASK.value, -math.inf
     if mask.dim() == 2:
         mask = mask[:, None, None]
     if mask.dtype == torch.bool:
@@ -218,13 +212,26 @@ def view(tensor: Tensor) -> View:
     return View(tensor, *tensor.stride())
 
 
+def every_view(tensor: Tensor) -> View:
+    """Of (B|1, H|1, rows, columns), the one for all where there is one. Torch's expand takes 1.5 us."""
+    batch, heads, _, _ = tensor.shape
+    b, h, row, column = tensor.stride()
+    return View(tensor, b if batch > 1 else 0, h if heads > 1 else 0, row, column)
+
+
+def _views(*tensors: Tensor | None) -> Packed:
+    return Packed(*[None if tensor is None else every_view(tensor) for tensor in tensors])
+
+
 def mask_view(mask: Tensor, odd: bool = False) -> View:
-    """Of a boolean mask, or if `odd`, the strides that follow the lengths come doubled plus one: so they are never
-    divisible by 16, and a new length compiles nothing. loads.mask_of undoes it. Those of an additive mask otherwise
-    always are, by `aligned`."""
-    b, h, row, column = mask.stride()
-    odd = odd or mask.dtype == torch.uint8
-    return View(mask, 2 * b + 1, 2 * h + 1, 2 * row + 1, column) if odd else view(mask)
+    """every_view of a mask. Of a boolean one, or if `odd`, the strides that follow the lengths come doubled plus one:
+    so they are never divisible by 16, and a new length compiles nothing. loads.mask_of undoes it. Those of an additive
+    mask otherwise always are, by `aligned`."""
+    found = every_view(mask)
+    if not odd and mask.dtype != torch.uint8:
+        return found
+    _, b, h, row, column = found
+    return View(mask, 2 * b + 1, 2 * h + 1, 2 * row + 1, column)
 
 
 def packed_view(tensor: Tensor, sequences: int) -> Tensor:

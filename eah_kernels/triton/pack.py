@@ -109,7 +109,7 @@ def pack(problem: Problem, given: Tensor) -> Launch:
 
     def empty(*shape, dtype=torch.uint8):
         lines, length = shape  # strides that are multiples of 16 whatever the lengths: nothing compiles anew
-        return mask.new_empty(batch, heads, lines, cdiv(length, 16) * 16, dtype=dtype)[..., :length]
+        return mask.new_empty(batch, heads, lines, cdiv(length, 16) * 16, dtype=dtype)
 
     if problem.rules.BY_KEY:
         cells, before = empty(1, keys // CELL.value), empty(1, keys + 1, dtype=torch.int32)
