@@ -32,6 +32,7 @@ from shutil import which
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from .emulator import CAME, GUARD_FALSE, GUARD_TRUE, SENSITIVE, TOOK_FIRST, TOOK_SECOND, Executable
 from .lowering import Program
@@ -207,10 +208,11 @@ class Journal:
         steps, how = self.found.get(self.key(trial), (0, ""))
         return how if how or steps == trial.steps else None
 
-    def add(self, trial: Trial, how: str) -> None:
+    def add(self, trials: list[Trial], hows: list[str]) -> None:
         if self.path:
             with self.path.open("a") as file:
-                file.write(json.dumps([self.key(trial), trial.steps, how]) + "\n")
+                for trial, how in zip(trials, hows, strict=True):
+                    file.write(json.dumps([self.key(trial), trial.steps, how]) + "\n")
 
 
 class Survey(NamedTuple):
@@ -218,7 +220,9 @@ class Survey(NamedTuple):
 
     scores: Counter[tuple[str, str, str]]
     missed: list[str]
-    wrong: list[str]  # what is to be said about lines of the list
+    unfelt: list[str]
+    wrong: list[str]  # lines of the list about what was noticed
+    idle: list[str]  # and about nothing
 
     def table(self) -> list[str]:
         return [self.row(*key) for key in sorted({key[:2] for key in self.scores})]
@@ -263,29 +267,12 @@ def survey(
 
     more: on MORE_LAYERS too. seconds: after which no more are tried. Which ones are, is as the seed says.
     """
-    reasons, journal, end = listed(), journal or Journal(), time.monotonic() + seconds
-    needed: set[int] = set()
-    scores: Counter[tuple[str, str, str]] = Counter()
-    missed, wrong = [], []
-
-    def count(target: str, kernel: Kernel, mutant: Mutant, outcome: str) -> None:
-        lines = {number for number, pattern, _ in reasons if pattern.fullmatch(told(kernel, mutant))}
-        if outcome == "noticed":
-            wrong.extend(f"line {number}: it is about {told(kernel, mutant)}, which was noticed" for number in lines)
-        else:
-            needed.update(lines)
-            outcome = "equivalent" if lines else outcome
-        if outcome == "missed":
-            missed.append(f"{target} | {told(kernel, mutant)} | line {kernel.statements[mutant.at].line}")
-        scores[target, mutant.operator, outcome] += 1
-
-    def count_trial(trial: Trial, outcome: str) -> None:
-        count(trial.target, recorded(trial.target)[trial.build][0].launched.program.kernel, trial.mutant, outcome)
-
-    trials = []
+    journal = journal or Journal()
+    outcomes: list[tuple[str, Kernel, Mutant, str]] = []
+    kernels, trials = {}, []
     for target in targets:
         for build, replays in recorded(target, more).items():
-            kernel = replays[0].launched.program.kernel
+            kernels[target, build] = kernel = replays[0].launched.program.kernel
             code = hashlib.sha256("\n".join(map(str, kernel.statements)).encode()).hexdigest()[:16]
             for mutant in mutants_of(kernel):
                 if operators and mutant.operator not in operators:
@@ -293,33 +280,52 @@ def survey(
                 if steps := sum(replay.steps for replay in feeling(replays, mutant)):
                     trials.append(Trial(target, build, code, mutant, steps))
                 else:
-                    count(target, kernel, mutant, "unfelt")
+                    outcomes.append((target, kernel, mutant, "unfelt"))
     random.Random(seed).shuffle(trials)
-    todo, untried = [], trials[sample or len(trials) :]
-    for trial in trials[: sample or None]:
-        how = journal.known(trial)
-        if how is None:
-            todo.append(trial)
-        else:
-            count_trial(trial, "noticed" if how else "missed")
-    builds = defaultdict(list)
-    for trial in todo:
-        builds[trial.target, trial.build, trial.mutant.operator].append(trial)
-    jobs = [group[i : i + 64] for group in builds.values() for i in range(0, len(group), 64)]
-    random.Random(seed).shuffle(jobs)
-    jobs.sort(key=lambda job: [job[0].mutant.operator == operator for operator in operators], reverse=True)
-    with ProcessPoolExecutor(processes) as pool:
-        found = pool.map(examine, jobs)
-        while jobs and time.monotonic() < end:
-            for trial, how in zip(jobs.pop(0), next(found), strict=True):
-                journal.add(trial, how)
-                count_trial(trial, "noticed" if how else "missed")
+    found: dict[Trial, str | None] = {trial: journal.known(trial) for trial in trials[: sample or None]}
+    jobs = grouped([trial for trial, how in found.items() if how is None], seed, operators) if seconds else []
+    end = time.monotonic() + seconds
+    with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for job, hows in zip(jobs, pool.map(examine, jobs), strict=True):
+            found |= zip(job, hows, strict=True)
+            journal.add(job, hows)
+            if time.monotonic() > end:
+                break
         pool.shutdown(wait=False, cancel_futures=True)
-    for trial in (*untried, *(trial for job in jobs for trial in job)):
-        count_trial(trial, "untried")
-    if not (sample or operators or jobs):
-        wrong += [f"line {number}: it is about nothing" for number, *_ in reasons if number not in needed]
-    return Survey(scores, missed, wrong)
+    for trial in trials:
+        how = found.get(trial)
+        outcome = "untried" if how is None else "noticed" if how else "missed"
+        outcomes.append((trial.target, kernels[trial.target, trial.build], trial.mutant, outcome))
+    return summed(outcomes)
+
+
+def grouped(trials: list[Trial], seed: int, operators) -> list[list[Trial]]:
+    """Jobs for `examine`, those of the operators in their order, else in a random one."""
+    groups = defaultdict(list)
+    for trial in trials:
+        groups[trial.target, trial.build, trial.mutant.operator].append(trial)
+    jobs = [group[i : i + 64] for group in groups.values() for i in range(0, len(group), 64)]
+    random.Random(seed).shuffle(jobs)
+    return sorted(jobs, key=lambda job: list(operators).index(job[0].mutant.operator) if operators else 0)
+
+
+def summed(outcomes: list[tuple[str, Kernel, Mutant, str]]) -> Survey:
+    scores: Counter[tuple[str, str, str]] = Counter()
+    reasons, needed, wrong = listed(), set(), []
+    lost: dict[str, list[str]] = {"missed": [], "unfelt": []}
+    for target, kernel, mutant, outcome in outcomes:
+        change = told(kernel, mutant)
+        lines = {number for number, pattern, _ in reasons if pattern.fullmatch(change)}
+        if outcome == "noticed":
+            wrong += [f"line {number}: it is about {change}, which was noticed" for number in lines]
+        elif lines:
+            needed.update(lines)
+            outcome = "equivalent"
+        if outcome in lost:
+            lost[outcome].append(f"{target} | {change} | line {kernel.statements[mutant.at].line}")
+        scores[target, mutant.operator, outcome] += 1
+    idle = [f"line {number}: it is about nothing" for number, *_ in reasons if number not in needed]
+    return Survey(scores, lost["missed"], lost["unfelt"], wrong, idle)
 
 
 def main() -> int:
@@ -337,7 +343,9 @@ def main() -> int:
         options.target, options.sample, options.seed, options.processes, options.operator,
         journal=Journal(options.journal), seconds=60 * options.minutes,
     )  # fmt: skip
-    print(*result.missed, *(f"{LIST.name}, {line}" for line in result.wrong), *result.table(), sep="\n")
+    whole = set(options.target) == set(targets) and not options.operator
+    print(*result.missed, *(f"{line} | unfelt" for line in result.unfelt), sep="\n")
+    print(*(f"{LIST.name}, {line}" for line in result.wrong + result.idle * whole), *result.table(), sep="\n")
     return int(any(line.split(" | ")[2] in STRICT for line in result.missed))
 
 

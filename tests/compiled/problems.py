@@ -131,6 +131,9 @@ MORE_LAYERS = [
     Problems(replace(MASKED, image="middle"), BRAIN, [(1, 128)]),
     Problems(replace(WINDOW, sliding_window=64), HALF, [(1, 128)]),
     Problems(FULL, SINGLE, [(1, 128)]),
+    # No block that is split: a mask hides all behind a whole one.
+    Problems(PADDED, HALF, [(192, 192)], shown=((0, 64),)),
+    Problems(replace(PADDED, image="middle"), HALF, [(192, 192)], shown=((0, 64),)),
     Problems(replace(PADDED, image="middle"), HALF, [(70, 70)], shown=((0, 0),)),
     Problems(replace(MASKED, image="middle"), BRAIN, [(70, 70)], shown=((0, 0),)),
     # A map of one key, and an image token in the second thousand.
