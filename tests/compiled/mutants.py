@@ -42,7 +42,7 @@ from .ptx import Kernel, Statement
 
 LIST = Path(__file__).parent / "equivalent.txt"
 OUTCOMES = ("noticed", "missed", "unfelt", "equivalent", "untried")
-ALONE = 3  # launches that a change is tried on by itself
+ALONE, MOST = 3, 24  # launches that a change is tried on by itself, and at all
 STRICT = ("copy wait", "wgmma wait", "wgmma fence", "proxy fence", "order")
 
 
@@ -137,9 +137,9 @@ def recorded(target: str, more: bool = True) -> dict[str, list[Replay]]:
 
 
 def feeling(replays: list[Replay], mutant: Mutant) -> list[Replay]:
-    """The launches in which a change does anything, the shortest first."""
+    """The launches in which a change does anything, the shortest first, at most MOST."""
     line = replays[0].launched.program.kernel.statements[mutant.at].line
-    return sorted((r for r in replays if r.happened.get(line, 0) & mutant.feels), key=lambda r: r.steps)
+    return sorted((r for r in replays if r.happened.get(line, 0) & mutant.feels), key=lambda r: r.steps)[:MOST]
 
 
 class Trial(NamedTuple):
