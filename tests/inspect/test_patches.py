@@ -10,6 +10,7 @@ import io
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import transformers
 from PIL import Image, ImageOps
 
 from eah.patches import grids
+from eah.patches.layouts import LAYOUTS, WITHOUT
 
 from ..support.family_models import FAMILIES, build
 from ..support.tiny_models import IMAGE
@@ -201,3 +203,11 @@ def test_a_picture_that_pil_turns_upright_is_not_turned_again(models):
     assert grids(processor, inputs, stored(picture, 6, "TIFF"), model.config) == grids(
         processor, inputs, picture, model.config
     )
+
+
+def test_every_family_with_boxes_is_proved_and_documented():
+    """Those without are documented."""
+    assert set(LAYOUTS) == {case.family for case in CASES.values()} | set(RELATIVES)
+    page = (Path(__file__).parents[2] / "docs/inspect.md").read_text()
+    section = page.split("## Where a token comes from")[1].split("\n## ")[0]
+    assert {*LAYOUTS, *WITHOUT} <= set(re.findall(r"[\w.-]*\w", section))
