@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import eah_kernels
 from eah_kernels import backends, reference
 from eah_kernels.masks import Scoring
 
-from ..support.cases import LAYOUTS, Case, assert_close, assert_statistics_close, exact, laid_out, make
+from ..support.cases import LAYOUTS, Case, Inputs, assert_close, assert_statistics_close, exact, laid_out, make
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported, with the first problem
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,8 @@ DTYPES = {
     "native": ["float32", "float16", "bfloat16"],
     "triton": ["float32", "float16"],
 }
-FUNCTIONS = ["eah_attention", "sink_statistics", "shared_map_attention", "seeing_rows", "receiving_heads"]
+FUNCTIONS = ["eah_attention", "sink_statistics", "shared_map_attention"]
+FUNCTIONS += ["eah_attention_varlen", "seeing_rows", "receiving_heads"]
 MASKS = [None, "left", "right", "bool", "bool_heads", "bool_all", "bool_causal"]
 MASKS += ["bias", "bias_heads", "bias_min", "bias_rows", "bias_causal", "bias_few"]
 OPERANDS = ["query", "key", "value", "image_mask", "attention_mask", "head", "receives"]
@@ -71,6 +73,7 @@ class Problem:
     broadcast_to: int | str = "all"
     layouts: tuple[str, ...] = ("plain",) * len(OPERANDS)
     poison: bool = False
+    lengths: tuple[int, ...] = (1,)  # of packed sequences, to which all that is said of rows, keys and masks is nothing
     seed: int = 0
 
 
@@ -112,6 +115,7 @@ def draw(rng: random.Random, names: list[str]) -> Problem:
         broadcast_to=rng.choice(["all", "all", rng.randint(1, kv_heads * group)]),
         layouts=tuple(rng.choice(["plain", *LAYOUTS]) for _ in OPERANDS),
         poison=rng.random() < 0.3,
+        lengths=tuple(rng.choice([0, 1, 2, 16, 17, 33, 64, 65, 130]) for _ in range(rng.choice([1, 2, 3, 5]))),
         seed=rng.randrange(1 << 30),
     )
 
@@ -166,6 +170,8 @@ def failure(p: Problem) -> str | None:
 
 
 def check(p: Problem) -> None:
+    if p.function == "eah_attention_varlen":
+        return check_packed(p)
     made, head, receives = operands(p)
     heads, kv_len = p.kv_heads * p.group, p.q_len + p.more_keys
     clean = dict(vars(made), head=head, receives=receives)
@@ -214,6 +220,43 @@ def check(p: Problem) -> None:
         options = {} if receives is None else dict(receives=placed["receives"])
         output = eah_kernels.shared_map_attention(*tensors, placed["head"], **options, **rules)
     check_output(output, made, head, receives)
+
+
+def check_packed(p: Problem) -> None:
+    """Each sequence by itself, causal and without a mask."""
+    torch.manual_seed(p.seed)
+    heads, tokens, bounds = p.kv_heads * p.group, sum(p.lengths), [0, *accumulate(p.lengths)]
+    shapes = (heads, p.dim), (p.kv_heads, p.dim), (p.kv_heads, p.value_dim)
+    operands = [torch.randn(tokens, *shape).to(getattr(torch, p.dtype)) for shape in shapes]
+    operands += [torch.rand(tokens) < {"all": 1, "absent": 0}.get(p.image, 0.4), torch.tensor(bounds).int()]
+    out = operands[0].new_zeros(tokens, heads, p.value_dim)
+    placed = [
+        laid_out(tensor, layout) if tokens and layout not in ("plain", "expanded") else tensor
+        for tensor, layout in zip([*operands, out], p.layouts, strict=False)
+    ]
+    rules = dict(sliding_window=p.sliding_window, softcap=p.softcap, scale=p.scale)
+    sequences = [
+        Inputs(*(t[first:end].transpose(0, 1)[None] for t in operands[:3]), operands[3][None, first:end], None,
+               dict(causal=True, **rules))
+        for first, end in pairwise(bounds)
+    ]  # fmt: skip
+    threshold = next((exact(one, p.threshold)[-1] for one in sequences if one.query.numel()), 0.0)
+    output, head, counts = eah_kernels.eah_attention_varlen(
+        *placed[:5], max(p.lengths) + p.more_keys**2, threshold=threshold, min_density=p.min_density,
+        broadcast_to=p.broadcast_to, out=None if p.layouts[5] == "negated" else placed[5], backend=p.backend, **rules,
+    )  # fmt: skip
+    assert output.shape == out.shape and counts.shape == (len(p.lengths), heads)
+    for n, one in enumerate(sequences):
+        if not p.lengths[n]:
+            assert head[n] == -1 and not counts[n].any()
+            continue
+        row = slice(n, n + 1)
+        check_counts(counts[row], exact(one, threshold)[4], threshold, one.image_mask)
+        assert torch.equal(head[row], reference.select_head(counts[row], one.image_mask, p.min_density)), (head, counts)
+        receives = (
+            None if p.broadcast_to == "all" else reference.receiving_heads(counts[row], head[row], p.broadcast_to)
+        )
+        check_output(output[bounds[n] : bounds[n + 1]].transpose(0, 1)[None], one, head[row], receives)
 
 
 def check_counts(counts, mean, threshold: float, image) -> None:
@@ -278,6 +321,8 @@ def simplest(p: Problem, seconds: float = 60) -> Problem:
             simpler = [getattr(plain, field.name)]
             if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed":
                 simpler += [value // 2, value - 1]
+            if field.name == "lengths":
+                simpler += [(*value[:i], *value[i + 1 :]) for i in range(len(value)) if len(value) > 1]
             if field.name == "layouts":
                 simpler += [(*value[:i], "plain", *value[i + 1 :]) for i in range(len(value))]
             for candidate in simpler:
