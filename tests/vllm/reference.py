@@ -13,7 +13,7 @@ import eah
 from ..support.processors import image_processor_of
 from ..support.tiny_models import IMAGE
 from .asks import THRESHOLD, Ask
-from .models import picture
+from .models import adapt, picture
 
 NEAR_TIE = 3e-3  # between the two best logits: two implementations may differ from there on
 
@@ -26,14 +26,16 @@ class Answer(NamedTuple):
 
 
 class Reference:
-    def __init__(self, family: str, folder: Path):
+    def __init__(self, family: str, folder: Path, adapter: Path | None = None):
         self.family = family
         self.model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
+        if adapter is not None:
+            adapt(self.model, adapter)
         self._answers: dict[Any, Answer] = {}
 
     def answer(self, ask: Ask, prompt: list[int], on: bool, **knobs) -> Answer:
-        key = (tuple(prompt), ask.seeds, ask.tokens, on, tuple(sorted(knobs.items())))
+        key = (tuple(prompt), ask.seeds, ask.tokens, on, str(sorted(knobs.items())))
         if key not in self._answers:
             self._answers[key] = self._answer(ask, prompt, on, **{"threshold": THRESHOLD, **knobs})
         return self._answers[key]
@@ -42,7 +44,8 @@ class Reference:
         ids = torch.tensor([prompt])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if ask.seeds:
-            inputs |= image_processor_of(self.family)([picture(seed) for seed in ask.seeds], return_tensors="pt")
+            pixels = image_processor_of(self.family)([picture(seed) for seed in ask.seeds], return_tensors="pt")
+            inputs |= {name: tensor for name, tensor in pixels.items() if name != "num_patches"}  # of InternVL's
         if "qwen" in self.family:
             inputs["mm_token_type_ids"] = (ids == IMAGE).long()
         how = {"max_new_tokens": ask.tokens, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

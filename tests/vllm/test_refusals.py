@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from eah.method import DEFAULT_LAYERS
-from eah.vllm.refusals import PLAIN_CACHES, check_budgets, check_engine, check_graphs, name_of, usable_layers
+from eah.vllm.refusals import (
+    PLAIN_CACHES,
+    check_budgets,
+    check_engine,
+    check_graphs,
+    check_sharing,
+    name_of,
+    usable_layers,
+)
 from eah.vllm.settings import SCHEDULER, WORKER
 
 
@@ -125,6 +133,9 @@ class Mode(enum.Enum):
     def mixed_mode(self):
         return {Mode.FULL_DECODE_ONLY: Mode.NONE, Mode.FULL_AND_PIECEWISE: Mode.PIECEWISE}.get(self, self)
 
+    def decode_mode(self):
+        return Mode.FULL if self in (Mode.FULL_DECODE_ONLY, Mode.FULL_AND_PIECEWISE) else self
+
     def requires_piecewise_compilation(self):
         return self in (Mode.PIECEWISE, Mode.FULL_AND_PIECEWISE)
 
@@ -135,9 +146,14 @@ def test_cuda_graphs_in_which_eah_would_not_run(mode, split):
     compilation = SimpleNamespace(cudagraph_mode=mode, splitting_ops=[], splitting_ops_contain_attention=lambda: split)
     if mode is Mode.FULL or (not split and mode in (Mode.PIECEWISE, Mode.FULL_AND_PIECEWISE)):
         with pytest.raises(ValueError, match=r"^eah: .*FULL_AND_PIECEWISE"):
-            check_graphs(compilation)
+            check_graphs(compilation, "off")
     else:
-        check_graphs(compilation)
+        check_graphs(compilation, "off")
+        if mode in (Mode.FULL_DECODE_ONLY, Mode.FULL_AND_PIECEWISE):
+            with pytest.raises(ValueError, match=r"^eah: .*captures decoding.* set PIECEWISE"):
+                check_graphs(compilation, "hold")
+        else:
+            check_graphs(compilation, "hold")
 
 
 class Attention:
@@ -185,6 +201,13 @@ def test_a_layer_that_is_not_there():
         with pytest.raises(ValueError, match=rf"^eah: layers must be within 0\.\.3, got {layer}"):
             usable_layers(found, (layer,), 4)
     assert list(usable_layers(found, (2, 0), 4)) == [2, 0]
+
+
+def test_holding_in_a_layer_whose_keys_others_read():
+    layer = Attention(layer_name="layers.1")
+    check_sharing(layer, {0: [Attention()], 1: [layer], 2: [Attention()]})
+    with pytest.raises(ValueError, match=r"^eah: KV sharing: layer 2 reads the keys of layers\.1"):
+        check_sharing(layer, {1: [layer], 2: [Attention(kv_sharing_target_layer_name="layers.1")]})
 
 
 def test_plain_caches_are_accepted():

@@ -27,6 +27,7 @@ def test_engine_args_are_what_vllm_takes():
 
 def test_the_settings_of_an_engine_are_those_that_were_asked_for():
     given = dict(layers=(0, 2), threshold=0.01, min_density=0.5, backend="torch", broadcast_to=3, video=False)
+    assert engine_settings(engine_args(decode="hold")["additional_config"]).decode == "hold"
     config = json.loads(json.dumps(engine_args(**given, default="off")["additional_config"]))
     assert engine_settings(config) == Settings((0, 2), Knobs(0.01, 0.5, "torch", 3), False, "off")
     defaults = engine_settings({"eah": {}})
@@ -45,11 +46,13 @@ def test_the_settings_of_an_engine_are_those_that_were_asked_for():
         ({"layers": []}, "layers must be a non-empty sequence of distinct ints"),
         ({"layers": "1"}, "layers must be a non-empty sequence of distinct ints"),
         ({"video": 1}, "video must be a bool, got 1"),
+        ({"decode": "track"}, 'decode must be "off" or "hold" in vLLM, got \'track\''),
+        ({"decode": "hold", "broadcast_to": 2}, 'broadcast_to must be "all" with decode="hold", got 2'),
         ({"default": True}, 'default must be "on" or "off", got True'),
         ({"default": ["on"]}, 'default must be "on" or "off"'),
         (
             {"tresh": 1},
-            "tresh is no knob; there are layers, threshold, min_density, backend, broadcast_to, video, default",
+            "tresh is no knob; there are layers, threshold, min_density, backend, broadcast_to, decode, vi",
         ),
         ("on", "the knobs must be a dict such as"),
     ],

@@ -162,6 +162,7 @@ def _vllm_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-density", type=float, help="sinks per image token below which no head lends")
     add("--backend", help="of eah_kernels (default: auto)")
     add("--broadcast-to", type=_heads, metavar="N", help="how many heads take the map (default: all)")
+    add("--decode", help="off or hold: what steps after the prompt do (default: off)")
     add("--video", action=argparse.BooleanOptionalAction, help="video tokens count as image tokens (default)")
     add("--default", help="on or off: for requests that do not say (default: on)")
 

@@ -22,7 +22,7 @@ class EnhancedLayer:
 
     def __init__(self, index: int, layer: Any, knobs: Knobs, block: HeadBlock | None, tally: Tally):
         self.index, self.knobs, self.block, self.tally = index, knobs, block, tally
-        impl = layer.impl
+        self.impl = impl = layer.impl
         softcap = getattr(impl, "logits_soft_cap", None) or None
         self.scoring = Scoring(None, True, float(name_of(impl, "scale")), layer.sliding_window, softcap)
         self.writes_cache = name_of(layer.attn_backend, "forward_includes_kv_cache_update")
@@ -33,7 +33,7 @@ class EnhancedLayer:
         plan = getattr(attn_metadata, PLAN, None)
         runs = [] if plan is None else plan.runs
         alone = not self.writes_cache and sum(len(run.image_mask) for run in runs) == len(output)
-        if runs and alone and self._enhance(query, key, value, output, runs):
+        if runs and alone and self._enhance(query, key, value, output, runs) is not None:
             return output
         self.original(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if runs and not alone:
@@ -42,20 +42,20 @@ class EnhancedLayer:
 
     def _enhance(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, output: Tensor, runs: list[Run]
-    ) -> bool:
-        """Whether it was done. Nothing may be raised in a step: that would end the engine."""
+    ) -> list[Tensor] | None:
+        """The heads of each run, (N,), or None where nothing was done. Nothing is raised: that would end the engine."""
         prompts = [prompt for run in runs for prompt in run.prompts]
         if key is None or value is None:
             self.tally.aside(prompts, Reason.FUSED_WRITE)
-            return False
+            return None
         try:
             done = [self._enhanced(query, key, value, output, run) for run in runs]
         except Exception as error:
             self.tally.failed(prompts, Filled(Reason.FAILED, (self.index, type(error).__name__)))
-            return False
+            return None
         for run, (head, sink_counts) in zip(runs, done, strict=True):
             self.tally.acted(run.prompts, self.index, head, sink_counts)
-        return True
+        return [head for head, _ in done]
 
     def _enhanced(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """Writes the run's rows of output; returns head (N,) and sink counts (N, heads of all processes)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -41,19 +41,28 @@ class Plan(NamedTuple):
     """One step: the prompts that are enhanced, and what became of the others that end in it.
 
     `others`: request -> OPTED_OUT or why it stands aside. `misread`: requests whose "eah" says neither on nor off.
+    `spans`, with decode="hold": requests that hold a head or choose one now, each with all its rows of the batch.
     """
 
     runs: list[Run]
     others: dict[str, str | Why]
     misread: list[str]
+    spans: list[tuple[str, slice]]
 
 
-def plan_step(runner: Any, common: Any, scheduled: Mapping[str, int], settings: Settings) -> Plan:
+def no_plan() -> Plan:
+    return Plan([], {}, [], [])
+
+
+def plan_step(
+    runner: Any, common: Any, scheduled: Mapping[str, int], settings: Settings, held: Container[str] = ()
+) -> Plan:
     """The plan of a step, of vLLM's V1 runner, its `CommonAttentionMetadata` and the tokens scheduled per request.
 
-    A request's rows that are no prompt's (generated before it was preempted) stay as they are.
+    A request's rows that are no prompt's (generated before it was preempted) are in no run. `held`: requests that hold
+    a head.
     """
-    plan = Plan([], {}, [])
+    plan = no_plan()
     if common.is_prefilling is None:
         return plan
     batch, starts = runner.input_batch, common.query_start_loc_cpu
@@ -78,6 +87,11 @@ def plan_step(runner: Any, common: Any, scheduled: Mapping[str, int], settings: 
             mask[start : last + 1] = True
         whole.append((first, Prompt(request_id, length, int(mask.sum())), mask))
     plan.runs.extend(_runs(whole, runner.device))
+    if settings.decode == "hold":
+        choosing = {prompt.request_id for _, prompt, _ in whole}
+        for row, request_id in enumerate(batch.req_ids):
+            if request_id in choosing or request_id in held:
+                plan.spans.append((request_id, slice(int(starts[row]), int(starts[row + 1]))))
     return plan
 
 

@@ -123,8 +123,8 @@ def _of_budgets(scheduler: Any) -> Iterator[str]:
         yield f"mamba_cache_mode align cuts prompts of up to {whole} --no-enable-prefix-caching"
 
 
-def check_graphs(compilation: Any) -> None:
-    """Refuses CUDA graphs in which a prompt's attention would be replayed."""
+def check_graphs(compilation: Any, decode: str) -> None:
+    """Refuses CUDA graphs in which a prompt's attention would be replayed, or with decode="hold" a later row's."""
     mode = name_of(compilation, "cudagraph_mode")
     if not mode:
         return
@@ -133,6 +133,8 @@ def check_graphs(compilation: Any) -> None:
     )
     if mode.mixed_mode().name == "FULL":
         refuse(f"cudagraph_mode {mode} captures prompts with their attention, and {advice}")
+    if decode == "hold" and mode.decode_mode().name == "FULL":
+        refuse(f'cudagraph_mode {mode} captures decoding, and with decode="hold" EAH takes part in it: set PIECEWISE')
     if mode.requires_piecewise_compilation() and not compilation.splitting_ops_contain_attention():
         refuse(f"splitting_ops {compilation.splitting_ops} lack attention, and {advice}, with splitting_ops unset")
 
@@ -158,6 +160,13 @@ def usable_layers(found: dict[int, list[Any]], layers: tuple[int, ...], count: i
             why = f" ({reasons[layer]})" if layer in reasons else ""
             refuse(f"layer {layer} has no attention map that can be lent{why}; the first usable layer is {first}")
     return {layer: usable[layer] for layer in layers}
+
+
+def check_sharing(layer: Any, found: dict[int, list[Any]]) -> None:
+    """Refuses decode="hold" in a layer whose cache others read: it holds another head's keys."""
+    for index, modules in found.items():
+        if any(module.kv_sharing_target_layer_name == layer.layer_name for module in modules):
+            refuse(f'KV sharing: layer {index} reads the keys of {layer.layer_name}, and decode="hold" changes them')
 
 
 def why_not_layer(layer: Any) -> str | None:

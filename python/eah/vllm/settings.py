@@ -22,9 +22,11 @@ class Settings(NamedTuple):
     knobs: Knobs = Knobs()
     video: bool = True
     default: str = "on"
+    decode: str = "off"
 
 
-KNOBS = ("layers", *Knobs._fields, "video", "default")
+KNOBS = ("layers", *Knobs._fields, "decode", "video", "default")
+MODES = ("off", "hold")
 
 
 def checked_settings(asked: Mapping[str, Any]) -> Settings:
@@ -50,7 +52,15 @@ def checked_settings(asked: Mapping[str, Any]) -> Settings:
         raise TypeError(f"video must be a bool, got {video!r}")
     if default not in ASKED:
         raise ValueError(f'default must be "on" or "off", got {default!r}')
-    return Settings(checked_layers(asked.get("layers", DEFAULT_LAYERS)), knobs, video, default)
+    decode = asked.get("decode", "off")
+    if decode not in MODES:
+        raise ValueError(f'decode must be "off" or "hold" in vLLM, got {decode!r}')
+    if decode == "hold" and knobs.broadcast_to != "all":
+        raise ValueError(
+            f'broadcast_to must be "all" with decode="hold", got {knobs.broadcast_to!r}: heads that share keys in the '
+            "cache cannot hold different ones"
+        )
+    return Settings(checked_layers(asked.get("layers", DEFAULT_LAYERS)), knobs, video, default, decode)
 
 
 def engine_settings(additional_config: Any) -> Settings:
@@ -78,6 +88,7 @@ def engine_args(
     min_density: float | None = None,
     backend: str | None = None,
     broadcast_to: int | Literal["all"] | None = None,
+    decode: str | None = None,
     video: bool | None = None,
     default: str | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +96,7 @@ def engine_args(
 
     Args:
         layers, threshold, min_density, backend, broadcast_to, video: as of `eah.enable`; None: its default.
+        decode: "off" (the default) or "hold", as of `eah.enable`.
         default: "on" (the default) or "off", for a request that does not say. A request says it with
             `SamplingParams(extra_args={"eah": "off"})`, over HTTP with `"vllm_xargs": {"eah": "off"}`.
 
@@ -100,6 +112,7 @@ def engine_args(
         "min_density": min_density,
         "backend": backend,
         "broadcast_to": broadcast_to,
+        "decode": decode,
         "video": video,
         "default": default,
     }

@@ -6,15 +6,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter
+from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from eah.method import HeadBlock
+from eah.vllm.hold import HoldingLayer
 from eah.vllm.layer import PLAN, EnhancedLayer
-from eah.vllm.plan import Plan, plan_step
-from eah.vllm.refusals import check_engine, check_graphs, name_of, refuse, usable_layers
+from eah.vllm.plan import Plan, no_plan, plan_step
+from eah.vllm.refusals import check_engine, check_graphs, check_sharing, name_of, refuse, usable_layers
 from eah.vllm.report import Tally, logger
 from eah.vllm.settings import engine_settings
 
@@ -33,6 +36,11 @@ def count_prompt(outcome: str) -> None:
     PROMPTS.labels(outcome).inc()
 
 
+def slots(layer_name: str) -> Tensor:
+    """Where the rows of the step that runs are in a layer's cache, (tokens,)."""
+    return get_forward_context().slot_mapping[layer_name]
+
+
 class Worker(Base):
     """Its refusals are ValueErrors at the start; within a step it raises nothing."""
 
@@ -40,7 +48,8 @@ class Worker(Base):
         self._eah_settings = engine_settings(vllm_config.additional_config)
         check_engine(vllm_config, self._eah_settings.layers)
         super().__init__(vllm_config, *args, **kwargs)
-        self._eah_layers: list[Any] = []
+        self._eah_names: set[str] = set()  # of the layers that are enhanced
+        self._eah_holding: list[HoldingLayer] = []  # with decode="hold"
         self._eah_scheduled: dict[str, int] = {}  # of the step that runs: request -> tokens
         self._eah_plan: Plan | None = None
 
@@ -48,7 +57,8 @@ class Worker(Base):
         super().load_model(*args, **kwargs)
         settings, group = self._eah_settings, get_tp_group()
         count = self.model_config.hf_text_config.num_hidden_layers
-        layers = usable_layers(self._attention_layers(), settings.layers, count)
+        found = self._attention_layers()
+        layers = usable_layers(found, settings.layers, count)
         block = None
         if group.world_size > 1:
             block = HeadBlock(group.device_group, group.rank_in_group, group.world_size)
@@ -59,8 +69,13 @@ class Worker(Base):
                 settings.knobs.check(heads, dims, self.model_config.dtype, self.device)
             except (TypeError, ValueError) as error:
                 refuse(f"layer {index}: {error}")
-            self._eah_layers.append(layer)
-            EnhancedLayer(index, layer, settings.knobs, block, self._eah_tally)
+            self._eah_names.add(layer.layer_name)
+            hook = index, layer, settings.knobs, block, self._eah_tally
+            if settings.decode == "hold":
+                check_sharing(layer, found)
+                self._eah_holding.append(HoldingLayer(*hook, slots=slots))
+            else:
+                EnhancedLayer(*hook)
         logger.info("eah: layers %s of %d, %s", list(layers), count, settings)
 
     def _attention_layers(self) -> dict[int, list[Any]]:
@@ -77,10 +92,9 @@ class Worker(Base):
 
     def initialize_from_config(self, kv_cache_config) -> None:
         super().initialize_from_config(kv_cache_config)
-        check_graphs(self.compilation_config)
-        names = {layer.layer_name for layer in self._eah_layers}
+        check_graphs(self.compilation_config, self._eah_settings.decode)
         for group in (group for groups in name_of(self.model_runner, "attn_groups") for group in groups):
-            if names.intersection(group.layer_names):
+            if self._eah_names.intersection(group.layer_names):
                 for builder in group.metadata_builders:
                     builder.supports_update_block_table = False  # else another group's metadata are copied
                     builder.build = partial(self._build, name_of(builder, "build"))
@@ -90,10 +104,11 @@ class Worker(Base):
         if not self._eah_scheduled:  # a capture, a dummy run or a draft model's step
             return metadata
         if self._eah_plan is None:
-            self._eah_plan = Plan([], {}, [])
+            self._eah_plan = no_plan()
+            held = self._eah_holding[0].heads if self._eah_holding else ()
+            step = self._eah_scheduled, self._eah_settings, held
             try:
-                scheduled, settings = self._eah_scheduled, self._eah_settings
-                self._eah_plan = plan_step(self.model_runner, common_attn_metadata, scheduled, settings)
+                self._eah_plan = plan_step(self.model_runner, common_attn_metadata, *step)
             except Exception:  # it would end the engine
                 logger.exception("eah: this step could not be planned; nothing in it is enhanced")
         setattr(metadata, PLAN, self._eah_plan)
@@ -101,6 +116,8 @@ class Worker(Base):
 
     def execute_model(self, scheduler_output):
         self._eah_tally.finished(scheduler_output.finished_req_ids)
+        for layer in self._eah_holding:
+            layer.forget(scheduler_output.finished_req_ids)
         self._eah_scheduled, self._eah_plan = scheduler_output.num_scheduled_tokens, None
         try:
             return super().execute_model(scheduler_output)
