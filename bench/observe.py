@@ -1,8 +1,8 @@
 """A forward that is looked at (`eah.inspect`) over the plain one, in turns.
 
-    python -m bench.observe [--rounds 5] [--dtype float32] [--threads N]
+    python -m bench.observe [--rounds 5] [--layers 4] [--dtype float32] [--threads N]
 
-Four layers of LLaVA-1.5-7B's form and random weights, 648 tokens, 576 of them image tokens: looked at without maps, and
+Layers of LLaVA-1.5-7B's form and random weights, 648 tokens, 576 of them image tokens: looked at without maps, and
 with the two maps of each layer that a page shows.
 """
 
@@ -18,18 +18,19 @@ from eah.inspect.look import look_at
 
 from .second_turn import HEADS, IMAGE_TOKEN, wide_llava
 
-LAYERS, MLP, TOKENS = 4, 11008, 648
+MLP, TOKENS = 11008, 648
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    model = wide_llava(HEADS, getattr(torch, asked.dtype), LAYERS, MLP)
+    model = wide_llava(HEADS, getattr(torch, asked.dtype), asked.layers, MLP)
     prompt = torch.randint(6, 60, (1, TOKENS))
     prompt[:, 35:611] = IMAGE_TOKEN
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
@@ -45,7 +46,7 @@ def main() -> None:
             run()
             if number:
                 times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    print(f"{asked.dtype}, {LAYERS} layers, {TOKENS} tokens, {asked.threads} threads")
+    print(f"{asked.dtype}, {asked.layers} layers, {TOKENS} tokens, {asked.threads} threads")
     for clock, what in enumerate(("time", "CPU time, which a busy machine changes less")):
         print(what)
         plain = statistics.median(each[clock] for each in times["plain"])

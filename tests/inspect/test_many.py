@@ -142,7 +142,9 @@ def test_calibration_from_one_pass_is_what_the_report_says_at_every_threshold(ru
                 enhanced = model(**one).logits[0, -1].double().log_softmax(-1)
         kl.append((plain.exp() * (plain - enhanced)).sum().item())
     assert best["kl"]["pictures"] == 7 and best["kl"]["median"] == pytest.approx(statistics.median(kl), abs=1e-6)
-    assert out.splitlines()[3:] == kept["commands"] and len(kept["commands"]) == len(found)
+    lines = out.splitlines()
+    assert lines[-len(found) :] == kept["commands"] and len(kept["commands"]) == len(found)
+    assert lines[5].split()[:2] == [str(best["layer"]), f"{best['threshold']:g}"]
     assert f"--layers {best['layer']} --threshold {best['threshold']:g}" in kept["commands"][0]
     page = Page((run.out / "inspect.html").read_text())
     assert kept["commands"][0] in page.text and "calibration.png" in {path.name for path in run.out.glob("*.png")}
@@ -196,8 +198,9 @@ def test_no_candidate_is_told(run):
     for entry in record["layers"].values():
         entry["head"] = [-1] * len(entry["head"])
     write_json(path, record)
-    status, _, err = run("--limit", 1, "--calibrate")
+    status, out, err = run("--limit", 1, "--calibrate")
     assert status == 0, err
+    assert out.endswith("none is usable\n")
     assert "No combination of layer and threshold is usable" in (run.out / "inspect.html").read_text()
 
 

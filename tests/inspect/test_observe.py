@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers")
 
 import eah
+from eah.inspect.compare import compare
 from eah.inspect.look import look_at
 from eah.inspect.maps import CELLS, averaged_map
 from eah.inspect.numbers import numbers
@@ -148,6 +149,19 @@ def test_a_shared_layer_of_an_enabled_model_is_refused():
     twin.model._forward_pre_hooks = {}
     with eah.enable(model), pytest.raises(ValueError, match="shares layer 1"), observed(twin, print):
         pass
+
+
+def test_a_compiled_model_and_one_without_a_head():
+    model, inputs = build("llava"), prompt("llava", ["abcIdefgh"])
+    plain = seen_by(model, inputs)
+    bare = seen_by(model.base_model, inputs)
+    model.compile(backend="eager")
+    for seen in (bare, seen_by(model, inputs)):
+        for one, other in zip(plain.layers, seen.layers, strict=True):
+            assert torch.equal(one.column_mean, other.column_mean)
+    assert bare.next_token is None
+    with pytest.raises(ValueError, match="language model head"):
+        compare(model.base_model, None, bare)
 
 
 def test_layers_without_a_map_are_named_with_the_reason():

@@ -238,7 +238,7 @@ def _inspect(arguments) -> int:
         if getattr(arguments, name):
             raise ValueError(f"--{name} is of {'--images' if arguments.image else '--image'}, which was not given")
     written = (module.inspect if arguments.image else module.inspect_many)(arguments)
-    print(json.dumps(written, indent=2) if arguments.json else "\n".join(written.values()))
+    print(json.dumps(written, indent=2)) if arguments.json else module.print_inspect(written)
     return 0
 
 

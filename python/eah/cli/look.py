@@ -70,7 +70,21 @@ def inspect_many(arguments) -> dict:
     written = {"page": str(page), "numbers": str(out / "inspect.json")}
     if calibration is None:
         return written
-    return {**written, "calibration": str(out / "calibration.json"), "commands": "\n".join(calibration["commands"])}
+    found = {name: calibration[name] for name in ("candidates", "commands")}
+    return {**written, "calibration": str(out / "calibration.json"), **found}
+
+
+def print_inspect(written: dict) -> None:
+    """Where everything is; of a calibration also the candidates and the commands."""
+    print("\n".join(written[name] for name in ("page", "numbers", "calibration") if name in written))
+    if "candidates" not in written:
+        return
+    print("\nlayer  threshold  chosen  saturated  tied  margin  stability  KL of the first token")
+    for cell in written["candidates"]:
+        stability = "-" if cell["stability"] is None else f"{cell['stability']:.0%}"
+        shares = f"{cell['chosen']:6.0%}  {cell['saturated']:9.0%}  {cell['tied']:4.0%}  {cell['margin']:6.1%}"
+        print(f"{cell['layer']:5}  {cell['threshold']:9g}  {shares}  {stability:>9}  {cell['kl']['median']:.2g}")
+    print("\n".join(["", *written["commands"]] if written["commands"] else ["none is usable"]))
 
 
 def _calibrate(model, processor, paths, records, thresholds, load, arguments) -> dict | None:

@@ -125,9 +125,11 @@ def compare(
     """Runs the prompt of a look without and with EAH, in these layers, at the look's threshold; both answers greedily.
 
     Raises:
-        ValueError: EAH is enabled on the model already.
+        ValueError: EAH is enabled on the model already, or it has no head on top.
         UnsupportedModelError: as from `eah.enable`.
     """
+    if look.next_token is None:
+        raise ValueError(f"model must have a language model head to answer, got {type(model).__name__}")
     before, after = Rows(), Rows()
     knobs: dict[str, Any] = {"layers": layers, "threshold": look.threshold}
     again = look.inputs, look.image, look.prompt, look.threshold, ()
@@ -138,7 +140,8 @@ def compare(
         enhanced = look_at(model, *again, also=after)
         report = handle.report()
         answers = {"without": without, "with": _answer(model, processor, look.inputs, max_new_tokens)}
-    p, q = (one.next_token.double().log_softmax(-1) for one in (plain, enhanced))
+    assert plain.next_token is not None and enhanced.next_token is not None
+    p, q = (logits.double().log_softmax(-1) for logits in (plain.next_token, enhanced.next_token))
     changes = []
     for layer, output in sorted(before.outputs.items()):
         change = (after.outputs[layer] - output).norm() / output.norm()

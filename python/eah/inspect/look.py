@@ -63,7 +63,7 @@ class Look:
     tokens: S, the prompt's length. positions: where in it the N image tokens stand. layers: those that have a map.
     without_map: why the others have none, by layer. image: a PIL image in RGB, upright. inputs: the model's.
     grids: where in the picture the image tokens come from, or why that is not known.
-    next_token (V,) float32: logits after the prompt.
+    next_token (V,) float32: logits after the prompt; None of a model without a head on top.
     """
 
     image: Any
@@ -74,7 +74,7 @@ class Look:
     layers: tuple[LayerLook, ...]
     without_map: dict[int, str]
     inputs: Any
-    next_token: Tensor
+    next_token: Tensor | None
     grids: tuple[Grid, ...] = ()
 
     def layer(self, number: int) -> LayerLook:
@@ -91,7 +91,7 @@ def look(
     most 256 x 256; nothing S x S exists at any time.
 
     Args:
-        model, processor: of transformers, a family that `eah models` lists or one with an image token.
+        model, processor: of transformers, a family that `eah models` lists or one with an image token; compiled or not.
         image: a PIL image; an orientation in its EXIF data is applied.
         prompt: a question, put into the processor's chat template, or a whole prompt that has the image token.
         threshold: mean attention above which an image token is a sink, >= 0; it decides which heads' maps are kept.
@@ -124,8 +124,9 @@ def look_at(
             layers[seen.layer] = measured(seen, threshold, maps)
             also(seen)
 
-    with observed(model, see) as without_map:
-        logits = model(**inputs).logits
+    # A compiled model runs as it is written: what is looked at is read from the device layer by layer.
+    with observed(model, see) as without_map, torch.compiler.set_stance("force_eager"):
+        logits = getattr(model(**inputs), "logits", None)
     if not masks:
         raise ValueError(
             f"no layer has an attention map in this forward: {'; '.join(sorted(set(without_map.values())))}"
@@ -142,7 +143,7 @@ def look_at(
         layers=tuple(layer for _, layer in sorted(layers.items())),
         without_map=without_map,
         inputs=inputs,
-        next_token=logits[0, -1].float().cpu(),
+        next_token=None if logits is None else logits[0, -1].float().cpu(),
     )
 
 
