@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("PIL")
 from eah.patches import grids
 
 from ..support.family_models import build, prompt
+from ..support.processors import image_processor_of, processor_of
 from ..support.tiny_models import IMAGE
 from .patch_cases import CASES, noise, processed
 
@@ -129,3 +131,48 @@ def test_an_argument_that_does_not_fit_is_named(llava):
         grids(processor, inputs, pictures, {})
     with pytest.raises(ValueError, match=r"^config \(model_type 'llama'\) has no image token"):
         grids(processor, inputs, pictures, SimpleNamespace(model_type="llama"))
+
+
+def looked_at(name, pictures, image=None, **changes):
+    """`grids` of a prompt for each picture. `image` changes the image processor's settings after it was called."""
+    case = replace(CASES[name], **changes)
+    processor, inputs = processed(case, [[picture] for picture in pictures], ["Ia"] * len(pictures))
+    for setting, value in (image or {}).items():
+        setattr(processor.image_processor, setting, value)
+    config = build(case.family, vision=case.vision, top=case.top).config
+    return grids(processor, inputs, pictures, config), inputs["input_ids"] == IMAGE
+
+
+LONG = [noise((400, 120), 1), noise((120, 400), 2)]
+
+
+def test_reading_order_where_a_picture_was_cut_in_another_number_of_tiles():
+    found, mask = looked_at("internvl", LONG, {"max_patches": 2})
+    reading_order(found, mask, "the pictures make 6 tiles, inputs have 8")
+    small = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 50}
+    found, mask = looked_at("gemma3", LONG, call=small)
+    reading_order(found, mask, "the pictures make 2 tiles, inputs have 8")
+    ((grid,), _) = looked_at("gemma3", LONG[:1], call=small)  # here there is but one way
+    assert grid.reason is None and max(grid.tiles) == 3 and grid.kinds[0] == "global"
+
+
+def test_reading_order_where_the_prompt_does_not_say_which_tile_is_which():
+    """A tokenizer without the tags: they are unknown characters."""
+    case = CASES["idefics3"]
+    config = build("idefics3", vision=case.vision).config
+    processor = processor_of("idefics3", image_processor_of("idefics3", **case.images))
+    inputs = processor(images=[LONG[:1]], text=["<image>a"], return_tensors="pt")
+    found = grids(processor, inputs, LONG[0], config)
+    reading_order(found, inputs["input_ids"] == IMAGE, "9 image tokens, where a tile has 9, after the text")
+    processor.image_processor.max_image_size = {"longest_edge": 42}
+    found = grids(processor, inputs, LONG[0], config)
+    reading_order(found, inputs["input_ids"] == IMAGE, "are not of the image processor's max_image_size")
+
+
+def test_reading_order_where_tiles_are_not_as_the_settings_say():
+    reading_order(*looked_at("llava_next", LONG, {"size": {"shortest_edge": 40}}), "tiles of 42 x 42 pixels do not fit")
+    reading_order(*looked_at("llava_next", LONG, {"image_grid_pinpoints": [[42, 42]]}), "image_grid_pinpoints of the")
+    case = CASES["llava_next"]
+    processor, inputs = processed(case, [[picture] for picture in LONG], ["Ia"] * 2)
+    found = grids(processor, inputs, LONG[::-1], build("llava_next", vision=case.vision, top=case.top).config)
+    reading_order(found, inputs["input_ids"] == IMAGE, "picture 0 is 120 x 400, inputs are of one of 400 x 120")

@@ -35,9 +35,7 @@ class Grid:
     """
 
     row: int  # of inputs["input_ids"]
-    image: (
-        int | None
-    )  # the picture's index in `images`; None where the tokens may belong to several pictures or to none
+    image: int | None  # the picture's index in `images`; None where the tokens may be of several pictures or of none
     size: tuple[int, int] | None  # the picture's width and height in pixels, upright; None as `image` is
     positions: tuple[int, ...]  # in the row
     boxes: tuple[Box | None, ...]  # x0, y0, x1, y1 in the upright picture's pixels; None for a token without a place

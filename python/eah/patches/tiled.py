@@ -74,7 +74,7 @@ def _any_resolution(call: Call, index: int, most: int | None) -> list[Cell]:
     pixels = call.config.vision_config.patch_size
     for upper, lower in down:
         y0, y1 = _edges(upper, lower, count, side, pixels)
-        tile_row = 1 + int((upper + lower) / 2 / count) * (columns // count)
+        tile = tile_row = 1 + int((upper + lower) / 2 / count) * (columns // count)
         for first, last in across:
             x0, x1 = _edges(first, last, count, side, pixels)
             tile = tile_row + int((first + last) / 2 / count)
@@ -235,9 +235,10 @@ def _tagged(call: Call, tokens: int) -> Iterator[tuple[int, int]]:
             run += 1
             if goes_on:
                 continue
-            found = list(TAG.finditer("".join(call.processor.tokenizer.decode(text).split())))
+            before = "".join(call.processor.tokenizer.decode(text).split())
+            found = list(TAG.finditer(before))
             if not found or run != tokens:
-                raise NoOverlayError(f"{run} image tokens after the text {call.processor.tokenizer.decode(text)!r}")
+                raise NoOverlayError(f"{run} image tokens, where a tile has {tokens}, after the text {before[-40:]!r}")
             row, column = found[-1].groups()
             text, run = [], 0
             if row is not None:
