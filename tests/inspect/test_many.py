@@ -249,7 +249,16 @@ def test_answers_of_an_evaluation_are_set_against_density(run, tmp_path):
     assert found["pictures"] == 4 and found["variant"] == "base" and found["layer"] == 1
     assert (run.out / "hallucination.png").exists()
     write_records(tmp_path / "chair/answers/base.all.jsonl", [{"id": n, "image": f"x{n}.png"} for n in range(4)])
-    for folder, named in (("none", "no result.json"), ("chair", "none of the pictures that were looked at")):
+    write_json(tmp_path / "report/result.json", {"runs": {}})
+    write_records(
+        tmp_path / "chair/details/base.all.jsonl",
+        [{"image_id": n, "objects": ["a"], "hallucinated": []} for n in range(9)],
+    )
+    for folder, named in (
+        ("none", "no result.json"),
+        ("report", "result.json has no rows"),
+        ("chair", "none of the pictures that were looked at"),
+    ):
         status, _, err = run("--answers", tmp_path / folder)
         assert status == 1 and named in err and err.count("\n") == 1
 

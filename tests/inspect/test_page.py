@@ -155,6 +155,8 @@ def test_what_cannot_happen_by_itself_is_drawn_too(tiny, picture, tmp_path):
     one = [dataclasses.replace(layer, column_mean=torch.zeros(1, 9), uniform=torch.zeros(9)) for layer in seen.layers]
     odd = dataclasses.replace(seen, layers=tuple(one), grids=(), without_map={7: "it is <odd>"})
     page = Page(write(odd, tmp_path, {}, [0]).read_text())
+    none = Page(write(odd, tmp_path, {}, [7]).read_text())
+    assert "None of the layers asked for has a map" in none.text
     assert "Layer 7 has no map: it is <odd>." in page.text and "where they come from was not asked for" in page.text
 
 

@@ -17,7 +17,7 @@ from eah.uniform import sight_of, uniform_means
 from eah_kernels import select_head, sink_statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerLook:
     """What the heads of one layer attend to. Everything lies on the CPU.
 
@@ -56,7 +56,7 @@ class LayerLook:
         return order[0], order[1] if len(order) > 1 else None, sparsest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Look:
     """One prompt as the layers of a model saw it.
 

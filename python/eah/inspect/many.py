@@ -63,7 +63,7 @@ def look_at_all(
     for path in paths:
         kept, digest = out / "looks" / f"{path.name}.json", sha256(path)
         record = read_json(kept) if kept.exists() else None
-        if record is None or record["sha256"] != digest:
+        if record is None or record.get("sha256") != digest:
             seen = look(model, processor, load(path), prompt, threshold=threshold, pictured=())
             if grid is None:
                 grid = thresholds_around(seen)
@@ -173,7 +173,9 @@ def hallucinations(folder: str | Path) -> tuple[str, dict[str, float]]:
     result = folder / "result.json"
     if not result.is_file():
         raise ValueError(f"--answers {folder} has no result.json: it must be the --out of eah eval run, at its end")
-    rows: list[dict[str, Any]] = read_json(result)["rows"]
+    rows: list[dict[str, Any]] = read_json(result).get("rows")
+    if not rows:
+        raise ValueError(f"--answers {folder}: result.json has no rows: it must be the --out of eah eval run")
     variant = rows[0]["variant"]
     sums: dict[str, list[float]] = {}
     for part in dict.fromkeys(row["part"] for row in rows if row["variant"] == variant):
@@ -182,9 +184,9 @@ def hallucinations(folder: str | Path) -> tuple[str, dict[str, float]]:
             raise ValueError(f"--answers {folder} has no answers/{variant}.{part}.jsonl with details: eah eval run has")
         pictures = {record["id"]: record["image"] for record in read_records(paths[0])}
         for detail in read_records(paths[1]):
-            wrong, of = _judged(detail)
-            if of:
-                total = sums.setdefault(pictures[detail.get("id", detail.get("image_id"))], [0, 0])
+            picture, (wrong, of) = pictures.get(detail.get("id", detail.get("image_id"))), _judged(detail)
+            if of and picture is not None:
+                total = sums.setdefault(picture, [0, 0])
                 total[0] += wrong
                 total[1] += of
     if not sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,8 +95,6 @@ def _head(look: Look, data: dict, made: Made) -> str:
 
 
 def _thumbnail(image) -> bytes:
-    import io
-
     small = image.copy()
     small.thumbnail((360, 360))
     content = io.BytesIO()
@@ -133,6 +132,8 @@ def _overview(look: Look, data: dict, made: Made) -> str:
 def _layers(look: Look, data: dict, layers: Sequence[int], made: Made) -> str:
     entries = {entry["layer"]: entry for entry in data["layers"]}
     pictured = [layer for layer in look.layers if layer.layer in layers]
+    if not pictured:
+        return section("The layers one by one", text("None of the layers asked for has a map in this forward.", "note"))
     colours = figures.scale_of(pictured, look.threshold)
     bar = made("scale.png", figures.scale(colours, look.threshold), "The colour scale, with the threshold on it")
     opened = 1 if any(layer.layer == 1 for layer in pictured) else min(layer.layer for layer in pictured)
