@@ -21,6 +21,7 @@ from eah_kernels.triton.ranges import seeing_rows
 from eah_kernels.triton.scores import LOWEST, counting_rows, score_tile, shown_keys
 from eah_kernels.triton.sequences import is_past, lse_of, sequence_of
 from eah_kernels.triton.sinks import choose_head, comes_last
+from eah_kernels.triton.tiles import ONE_PASS_PROGRAMS
 
 KEYS_STEP = 256  # kernels are compiled for multiples of this
 
@@ -170,8 +171,13 @@ def _one_pass_kernel(
 
 
 def takes(problem: Problem) -> bool:
-    """Whether this kernel can stand for `lse` and `sinks`, the choice included: one row of tiles, no 4-D mask."""
-    return problem.rules.BY_KEY and problem.short_tile("one_pass") is not None
+    """Whether this kernel is to stand for `lse` and `sinks`, the choice included: one row of tiles, no 4-D mask, and
+    not so many programs that throughput counts more than the longest of them."""
+    tile = problem.short_tile("one_pass")
+    if tile is None or not problem.rules.BY_KEY:
+        return False
+    batch, heads = problem.query.shape[:2]
+    return problem.q_len <= KEYS_STEP or batch * heads * cdiv(problem.q_len, tile.block_m) <= ONE_PASS_PROGRAMS
 
 
 def one_pass(problem: Problem, image, threshold, minus_lse, sink_counts, tickets, choice: Choice) -> Launch:

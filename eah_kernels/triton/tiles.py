@@ -57,6 +57,11 @@ class FastTile:
 
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this
 SHORT = 768  # tokens of the longest prompt that SHORT_TILES are for
+# Above so many programs, and 256 keys, one_pass is left. It does not issue less than lse and sinks together, and of its
+# programs one is resident where two of theirs are: of work enough for all multiprocessors it takes 1.15 to 1.4 times
+# as long. By bench/multiprocessor.py the two meet between 300 and 470 programs on 132 multiprocessors, hardly
+# depending on the length; 384 are 32 heads of 768 tokens. Up to 256 keys it is never more than 1.07 times.
+ONE_PASS_PROGRAMS = 384
 SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
 HELD = "a block of rows holds all its scores in registers; at most 32 bytes, once a program"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from bench import multiprocessor
 from eah_kernels import reference
 from eah_kernels.masks import Scoring
 from tests.support.cases import LAYOUTS, Case, Inputs, assert_close, exact, laid_out, make, run
@@ -17,6 +18,7 @@ from eah_kernels import triton as kernels
 from eah_kernels.triton import launch as launching
 from eah_kernels.triton import one_pass
 from eah_kernels.triton.launch import Launch, Problem
+from eah_kernels.triton.tiles import ONE_PASS_PROGRAMS
 
 SMALL = dict(heads=2, kv_heads=1, dim=16)
 EDGES = [
@@ -132,3 +134,36 @@ def test_two_launches_and_half_the_work(target, kv_heads, launched, monkeypatch)
     before = launches()
     assert names(now) == ["one_pass", "attend"] and names(before) == ["lse", "sinks", "attend"]
     assert sum(map(longest, now)) <= sum(map(longest, before)) / 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "one"),
+    [
+        (1, 32, 768, True),
+        (1, 33, 768, False),
+        (2, 32, 384, True),
+        (2, 32, 385, False),
+        (64, 32, 256, True),
+        (64, 32, 257, False),
+    ],
+)
+def test_large_batches_take_both_kernels(batch, heads, length, one, launched, monkeypatch):
+    """Above so many programs throughput counts, not the longest of them."""
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90")
+    rows = torch.empty(batch, heads, length, 128, dtype=torch.bfloat16, device="meta")
+    image = torch.empty(batch, length, dtype=torch.bool, device="meta")
+    kernels.eah_attention(rows, rows, rows, image, 0.002, 0.0, Scoring(scale=0.1))
+    assert names(launched) == [*(["one_pass"] if one else ["lse", "sinks"]), "attend"]
+
+
+def test_the_model_that_bounds_it():
+    """It reproduces the clocks that it is fitted to, and the bound lies where it says that the two ways meet."""
+    for name, (loop, table) in multiprocessor.SHIPPED.items():
+        assert loop.clocks == pytest.approx(table, rel=0.1), name
+    for head_dim in (64, 128):
+        for length in (384, 512, 648, 768):
+            overlapping, apart = (multiprocessor.crossover(length, head_dim, groups) for groups in (2, 1))
+            assert 295 <= overlapping <= ONE_PASS_PROGRAMS <= apart <= 475
+        for length in (64, 128, 192, 256):
+            one, two = multiprocessor.statistics_clocks(length, head_dim, 4096, 1)
+            assert one <= 1.1 * two
