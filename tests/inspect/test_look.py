@@ -59,6 +59,10 @@ def test_what_does_not_fit_is_told_in_one_line():
 
 
 def test_the_code_of_the_documentation_runs(capsys):
-    [code] = re.findall(r"```python\n(.+?)```", (Path(__file__).parents[2] / "docs/inspect.md").read_text(), re.S)
-    exec(code, {"model": build("llava"), "processor": processor_of("llava"), "picture": picture()})
+    page = (Path(__file__).parents[2] / "docs/inspect.md").read_text()
+    places, looks = re.findall(r"```python\n(.+?)```", page, re.S)
+    names = {"model": build("llava"), "processor": processor_of("llava"), "picture": picture()}
+    exec(places, names | {"prompt": "<image>abc"})
+    assert len(capsys.readouterr().out.splitlines()) == 9
+    exec(looks, names)
     assert len(capsys.readouterr().out.splitlines()) == 3
