@@ -6,6 +6,11 @@ import shutil
 import subprocess
 
 import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
 from PIL import Image
 
 from eah.inspect import look, one, overview

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
 import eah
 from eah.inspect import look
 from eah.inspect.compare import compare, mark_differences

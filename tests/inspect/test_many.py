@@ -10,6 +10,10 @@ from collections import Counter
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
 import eah
 from eah import cli
 from eah.cli import look as command

@@ -6,6 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
 from transformers import PreTrainedModel
 
 from eah import cli
