@@ -60,6 +60,7 @@ class PackedMask(NamedTuple):
     seen: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, whether one of the CELL rows sees the key
     column_counts: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, how many count, see it and are not its own
     before: Tensor | None = None  # (B, 1, 1, keys) int32, of a (B, Skv) mask: how many keys it shows before each
+    shown: Tensor | None = None  # (B, 1, 1, keys) uint8, of a (B, Skv) mask: whether it shows each
 
 
 class Tally(NamedTuple):

@@ -23,7 +23,7 @@ from eah_kernels.triton.bundles import (
     Values,
     View,
 )
-from eah_kernels.triton.tiles import FAST, SHORT, FastTile, Tile, find_short_tile, find_tile
+from eah_kernels.triton.tiles import FAST, FAST_MASKED, SHORT, FastTile, Tile, find_short_tile, find_tile
 
 LOG2E = math.log2(math.e)
 LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
@@ -120,12 +120,14 @@ class Problem:
     def fast_tile(self, kernel: str, value: Tensor | None = None) -> FastTile | None:
         """The row of a Gluon kernel, where it may run; None for the Triton kernel. value: if the kernel reads it."""
         head_dim = self.query.shape[-1]
-        suits = self.fast and (value is None or (value.shape[-1] == head_dim and suits_tma(value)))
+        suits = self.fast and (self.mask is None or kernel in FAST_MASKED)
+        suits = suits and (value is None or (value.shape[-1] == head_dim and suits_tma(value)))
         return FAST[kernel].get(self.target, {}).get(head_dim) if suits else None
 
     def _suits_gluon(self, scoring: Scoring) -> bool:
-        """Plain causal scores of 16 bits, every row with its own key, the maximum before the scale."""
-        plain = scoring.causal and not self.masked and scoring.softcap is None and scoring.scale > 0
+        """Plain causal scores of 16 bits, every row with its own key, the maximum before the scale; a mask by key."""
+        plain = scoring.causal and scoring.softcap is None and scoring.scale > 0
+        plain = plain and scoring.sliding_window is None and self.rules.BY_KEY
         in_reach = self.query.dtype != torch.float32 and self.key.shape[2] >= self.query.shape[2]
         return plain and in_reach and suits_tma(self.query) and suits_tma(self.key)
 

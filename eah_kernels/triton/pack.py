@@ -20,7 +20,8 @@ from eah_kernels.triton.loads import at, head_of, mask_of, row_of
 from eah_kernels.triton.scores import counting_rows, score_tile
 from eah_kernels.triton.tiles import Tile
 
-PAD = 128  # what is kept per row or key is padded to a multiple of this and so of every tile: no bounds to test
+# What is kept per row or key is padded to a multiple of this and so of every tile: no bounds to test.
+PAD: tl.constexpr = tl.constexpr(128)
 TILE = Tile(0, 0, num_warps=4, num_stages=1)
 CHUNK: tl.constexpr = tl.constexpr(1024)
 
@@ -78,10 +79,11 @@ def _pack_kernel(mask, rows, columns, heads, row_cells, key_cells, q_len, kv_len
 
 
 @triton.jit(do_not_specialize=["stride", "kv_len"])
-def _pack_keys_kernel(shown_ptr, stride, mask, cells, before, kv_len):
+def _pack_keys_kernel(shown_ptr, stride, mask, cells, before, shown_bytes, kv_len):
     """shown_ptr: the (B, Skv) mask, a byte a key, its rows a stride apart. mask: 0 or -inf for each key."""
     b = tl.program_id(0)
     mask, cells, before = head_of(mask, b, 0), head_of(cells, b, 0), head_of(before, b, 0)
+    shown_bytes = head_of(shown_bytes, b, 0)
     shown_ptr = at(shown_ptr, b, stride)
     shown_before = 0
     for start in range(0, kv_len + 1, CHUNK):
@@ -89,6 +91,7 @@ def _pack_keys_kernel(shown_ptr, stride, mask, cells, before, kv_len):
         inside = key < kv_len
         shown = tl.load(shown_ptr + key, mask=inside, other=0) != 0
         tl.store(mask.ptr + key, tl.where(shown, 0.0, float("-inf")), mask=inside)
+        tl.store(shown_bytes.ptr + key, shown, mask=key < tl.cdiv(kv_len, PAD) * PAD)
         number = shown.to(tl.int32)
         tl.store(before.ptr + key, shown_before + tl.cumsum(number, 0) - number, mask=key <= kv_len)
         shown_before += tl.sum(number, 0)
@@ -113,10 +116,11 @@ def pack(problem: Problem, given: Tensor) -> Launch:
 
     if problem.rules.BY_KEY:
         cells, before = empty(1, keys // CELL.value), empty(1, keys + 1, dtype=torch.int32)
-        problem.packed = PackedMask(cells, cells, before=before)
+        shown = empty(1, keys)
+        problem.packed = PackedMask(cells, cells, before=before, shown=shown)
         given = given if given.stride(1) == 1 else given.contiguous()
         arguments = dict(shown_ptr=given.view(torch.uint8), stride=given.stride(0), kv_len=kv_len)
-        arguments |= dict(mask=view(mask), cells=view(cells), before=view(before))
+        arguments |= dict(mask=view(mask), cells=view(cells), before=view(before), shown_bytes=view(shown))
         return Launch(_pack_keys_kernel, batch, TILE, arguments)
     row_cells, key_cells = rows // CELL.value, keys // CELL.value
     cells, column_cells = empty(row_cells, key_cells), empty(key_cells, row_cells)
@@ -139,4 +143,4 @@ def pack(problem: Problem, given: Tensor) -> Launch:
 
 
 def padded(length: int) -> int:
-    return cdiv(length, PAD) * PAD
+    return cdiv(length, PAD.value) * PAD.value

@@ -37,12 +37,15 @@ def place(span, start, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def visible_range(cells_ptr, stride, length, LINES: tl.constexpr):
-    """The span that LINES lines of cells leave of `length` pairs: whole cells are all visible and unbiased."""
+def visible_range(cells_ptr, stride, length, local, LINES: tl.constexpr):
+    """The span that LINES lines of cells leave of `length` pairs: whole cells are all visible and unbiased.
+
+    local: 0, 1, ... 127.
+    """
     cells = tl.cdiv(length, CELL)
     first, full, edge, last, biased = cells, 0, 0, 0, 0
     for start in range(0, cells, 128):
-        cell = start + tl.arange(0, 128)
+        cell = start + local
         kind = tl.load(cells_ptr + cell, mask=cell < cells, other=0).to(tl.int32)
         for line in tl.static_range(1, LINES):
             kind = kind | tl.load(at(cells_ptr, line, stride) + cell, mask=cell < cells, other=0).to(tl.int32)
@@ -84,9 +87,11 @@ def key_range(start_m, sizes, cells, R: tl.constexpr, BLOCK_M: tl.constexpr, BLO
     if R.MASK != NO_MASK:
         LINES: tl.constexpr = 1 if R.BY_KEY else (BLOCK_M + CELL - 1) // CELL
         line = cells.ptr if R.BY_KEY else at(cells.ptr, start_m // CELL, cells.row)
-        span = intersect(span, visible_range(line, cells.row, sizes.kv_len, LINES), 0, sizes.kv_len, BLOCK_N)
+        span = intersect(
+            span, visible_range(line, cells.row, sizes.kv_len, tl.arange(0, 128), LINES), 0, sizes.kv_len, BLOCK_N
+        )
     if R.BOTH_SIDES:
-        span = _whole_or_none(span, BLOCK_N)
+        span = whole_or_none(span, BLOCK_N)
     return span
 
 
@@ -109,12 +114,12 @@ def row_range(start_n, sizes, cells, R: tl.constexpr, BLOCK_M: tl.constexpr, BLO
         line = cells.ptr if R.BY_KEY else at(cells.ptr, start_n // CELL, cells.row)
         length = sizes.kv_len if R.BY_KEY else sizes.q_len  # a (B, Skv) mask hides the rows whose own keys it hides
         shift = offset if R.BY_KEY else 0
-        span = intersect(span, visible_range(line, cells.row, length, LINES), shift, length, BLOCK_M)
-    return _whole_or_none(span, BLOCK_M)
+        span = intersect(span, visible_range(line, cells.row, length, tl.arange(0, 128), LINES), shift, length, BLOCK_M)
+    return whole_or_none(span, BLOCK_M)
 
 
 @triton.jit
-def _whole_or_none(span, BLOCK: tl.constexpr):
+def whole_or_none(span, BLOCK: tl.constexpr):
     """Where no block is whole, the split ones reach from first to full = edge = last, rounded up."""
     full = tl.cdiv(tl.where(span.full < span.edge, span.full, span.last), BLOCK) * BLOCK
     return Span(span.first, full, tl.maximum(span.edge, full), span.last, span.biased)

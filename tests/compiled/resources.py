@@ -50,7 +50,7 @@ from eah_kernels.masks import Scoring
 from eah_kernels.triton import attend, few_rows, lse, one_pass, pack, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem
-from eah_kernels.triton.tiles import FAST, HEAD_DIMS, SHORT, SHORT_TILES, TILES, FastTile
+from eah_kernels.triton.tiles import FAST, FAST_MASKED, HEAD_DIMS, SHORT, SHORT_TILES, TILES, FastTile
 
 from .fences import unfenced_reads
 from .sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop, whole_program
@@ -170,7 +170,7 @@ def make_launch(row: Row) -> Launch:
         "bool": empty(batch, 1, q_len, length, dtype=torch.bool),
         "bias": empty(batch, 1, q_len, length),
     }[row.mask]
-    mask = None if row.kind in ("plain", "fast") else mask
+    mask = None if row.kind == "plain" or (row.kind == "fast" and row.mask != "key") else mask
     fast, few = row.kind == "fast", row.kernel == "few_rows"
     problem = Problem(query, key, Scoring(mask, scale=row.head_dim**-0.5), row.target, fast=fast, by_key=not few)
     image = empty(batch, length, dtype=torch.uint8)
@@ -218,7 +218,11 @@ def rows(everything: bool) -> list[Row]:
         table = [r for r in table if r.kernel != "few_rows" or (r.kind, r.head_dim) == primary[1:]]
         table = [r for r in table if not r.short or (r.target == "sm_90" and r.head_dim == 128 and r.mask != "bool")]
     table += [
-        Row(kernel, target, "fast", dim) for kernel in FAST for target in FAST[kernel] for dim in FAST[kernel][target]
+        Row(kernel, target, "fast", dim, mask)
+        for kernel in FAST
+        for target in FAST[kernel]
+        for dim in FAST[kernel][target]
+        for mask in ("bias", "key")[: 1 + (kernel in FAST_MASKED)]
     ]
     targets = TARGETS if everything else ("sm_90",)
     return table + [Row("pack", target, "masked", 128, mask) for target in targets for mask in ("key", "bias")]
@@ -323,8 +327,9 @@ def main() -> int:
             loops = [clocks(row, name, loop, width) for name, loop in cost.loops.items() if loop]
             failed += bool(problems)
             kind = row.mask if row.kind == "masked" else row.kind
+            kind += " key" if row.kind == "fast" and row.mask == "key" else ""
             print(
-                f"{row.target:7} {row.kernel:6} {row.head_dim:4}  {kind:7}  {tile.block_m:7} x {tile.block_n:<7}  "
+                f"{row.target:7} {row.kernel:6} {row.head_dim:4}  {kind:8} {tile.block_m:7} x {tile.block_n:<7}  "
                 f"{warps:5} {stages:6}  {cost.registers:9}  {cost.spill_bytes:7}  "
                 f"{cost.shared_bytes / 1024:10.0f}  {row.matrix:7} {loops[0] if loops else ''}  {'; '.join(problems)}",
                 flush=True,

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
-from eah_kernels import reference
-from eah_kernels.triton.tiles import FAST
+from eah_kernels import reference, sink_statistics
+from eah_kernels.triton.tiles import FAST, FAST_MASKED
 
-from ..support.cases import Case, assert_close, check, exact, make, run
+from ..support.cases import Case, assert_close, assert_statistics_close, check, exact, make, run
 from .emulator import Executable
 from .lowering import Program
 from .problems import Replay, spaced
@@ -60,8 +60,7 @@ def test_right_in_every_order(case, dtype):
     for seed in (0, 1, 2, 3):
         with short_rings(), compiled("sm_90", seed=seed, gluon=True, observe=lambda launched: names.add(launched)):
             results.append(run(inputs, threshold, "triton"))
-    by_tma = {launched.name for launched in names if any(isinstance(a, TensorMap) for a in launched.arguments)}
-    assert by_tma == {launched.name for launched in names} == set(KERNELS)
+    assert by_tma(names) == {launched.name for launched in names} == set(KERNELS)
     assert torch.equal(results[0].sink_counts, counts) and torch.equal(results[0].head, head)
     plain = reference.shared_map_attention(inputs.query, inputs.key, inputs.value, head, inputs.scoring, dtype)
     assert_close(results[0].output, output, plain)
@@ -73,6 +72,32 @@ def test_statistics_and_a_given_head():
     """Without a tally, with column means; the log-sum-exps of one head alone."""
     with compiled("sm_90", seed=2, gluon=True):
         check(Case(q_len=150, kv_len=210, heads=2, kv_heads=2, image="scattered"), "triton", HALF)
+
+
+@pytest.mark.parametrize("shown", [((0, 640),), ((0, 100), (130, 131), (190, 400), (470, 640)), ((256, 384),)], ids=str)
+def test_a_mask_by_key(shown):
+    """Whole tiles, split ones and hidden ones; what the mask hides is NaN."""
+    inputs = make(Case(q_len=430, kv_len=640, heads=2, kv_heads=1, dim=64, mask="left", image="scattered"), HALF)
+    key = torch.arange(640)
+    inputs.attention_mask &= sum((first <= key) & (key < end) for first, end in shown).bool()
+    _, _, counts, lse, mean, threshold = exact(inputs)
+    results, names = [], set()
+    for seed in (0, 1, 2, 3):
+        with short_rings(), compiled("sm_90", seed=seed, gluon=True, observe=lambda launched: names.add(launched)):
+            tensors = (t := spaced(inputs)).query, t.key, t.image_mask
+            options = dict(attention_mask=t.attention_mask, threshold=threshold, return_column_mean=True)
+            results.append(sink_statistics(*tensors, backend="triton", **options))
+    assert by_tma(names) == {f"_{kernel}_kernel" for kernel in FAST_MASKED}
+    assert torch.equal(results[0].sink_counts, counts)
+    counting = inputs.attention_mask[:, None, 210:].expand_as(lse)
+    assert_statistics_close(results[0].lse[counting], results[0].column_mean, lse[counting], mean)
+    for other in results[1:]:
+        assert torch.equal(other.lse[counting], results[0].lse[counting])
+        assert torch.equal(other.column_mean, results[0].column_mean)
+
+
+def by_tma(names):
+    return {launched.name for launched in names if any(isinstance(a, TensorMap) for a in launched.arguments)}
 
 
 def launch_of(name, case):
