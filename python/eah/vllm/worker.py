@@ -103,15 +103,15 @@ class Worker(Base):
         metadata = build(common_prefix_len, common_attn_metadata, *args, **kwargs)
         if not self._eah_scheduled:  # a capture, a dummy run or a draft model's step
             return metadata
-        if self._eah_plan is None:
-            self._eah_plan = no_plan()
-            held = self._eah_holding[0].heads if self._eah_holding else ()
-            step = self._eah_scheduled, self._eah_settings, held
-            try:
+        try:
+            if self._eah_plan is None:
+                self._eah_plan = no_plan()
+                held = {request_id for layer in self._eah_holding for request_id in layer.heads}
+                step = self._eah_scheduled, self._eah_settings, held
                 self._eah_plan = plan_step(self.model_runner, common_attn_metadata, *step)
-            except Exception:  # it would end the engine
-                logger.exception("eah: this step could not be planned; nothing in it is enhanced")
-        setattr(metadata, PLAN, self._eah_plan)
+            setattr(metadata, PLAN, self._eah_plan)
+        except Exception:  # it would end the engine
+            logger.exception("eah: this step could not be planned; nothing in it is enhanced")
         return metadata
 
     def execute_model(self, scheduler_output):
