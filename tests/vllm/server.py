@@ -24,7 +24,7 @@ from .engine import ENVIRONMENT
 from .models import picture
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240  # that a server may take to start
+SECONDS = 400  # that a server may take to start
 
 
 class Server:
