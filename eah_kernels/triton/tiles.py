@@ -63,6 +63,7 @@ SHORT = 768  # tokens of the longest prompt that SHORT_TILES are for
 # depending on the length; 384 are 32 heads of 768 tokens. Up to 256 keys it is never more than 1.07 times.
 ONE_PASS_PROGRAMS = 384
 SPLIT_BLOCKS = "two programs are resident; only the loop over blocks that the mask splits spills, beside its words"
+ONCE = "at most 32 bytes, once a program, before and after its loops; mostly so that two programs are resident"
 HELD = "a block of rows holds all its scores in registers; at most 32 bytes, once a program"
 THREE_TF32 = "a float32 product by three TF32 products keeps every operand twice in registers"
 
@@ -71,12 +72,20 @@ TILES = {
     "lse": {
         "sm_80": {
             "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
-            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+            "masked": (
+                Tile(128, 64, 8, 2, spills=ONCE),
+                Tile(128, 64, 8, 2, spills=ONCE),
+                Tile(128, 64, 8, 2, spills=ONCE),
+            ),
             "float32": (Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(64, 16, 8, 1, spills=THREE_TF32)),
         },
         "sm_89": {
             "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-            "masked": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+            "masked": (
+                Tile(128, 64, 8, 2),
+                Tile(128, 64, 8, 2, spills=ONCE),
+                Tile(64, 64, 4, 2, spills=SPLIT_BLOCKS),
+            ),
             "float32": (Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(32, 16, 4, 1, spills=THREE_TF32)),
         },
         "sm_90": {
@@ -93,7 +102,11 @@ TILES = {
             "float32": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 1, spills=THREE_TF32)),
         },
         "sm_100": {
-            "plain": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
+            "plain": (
+                Tile(128, 128, 8, 3, spills=ONCE),
+                Tile(128, 128, 8, 2, spills=ONCE),
+                Tile(128, 128, 8, 2),
+            ),
             "masked": (
                 Tile(128, 128, 8, 3),
                 Tile(128, 64, 8, 2, spills=SPLIT_BLOCKS),
@@ -109,7 +122,7 @@ TILES = {
     },
     "sinks": {
         "sm_80": {
-            "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+            "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3, spills=ONCE)),
             "masked": (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2, spills=SPLIT_BLOCKS), Tile(32, 128, 8, 2)),
             "float32": (
                 Tile(16, 64, 4, 1),
@@ -121,7 +134,7 @@ TILES = {
             "plain": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 2)),
             "masked": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2, spills=SPLIT_BLOCKS), Tile(32, 128, 8, 2)),
             "float32": (
-                Tile(16, 64, 4, 1),
+                Tile(16, 64, 4, 1, spills=ONCE),
                 Tile(16, 64, 4, 1, spills=THREE_TF32),
                 Tile(16, 32, 4, 1, spills=THREE_TF32),
             ),

@@ -50,10 +50,10 @@ from eah_kernels.masks import Scoring
 from eah_kernels.triton import attend, few_rows, lse, one_pass, pack, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem
-from eah_kernels.triton.tiles import FAST, FAST_MASKED, HEAD_DIMS, SHORT, SHORT_TILES, TILES, FastTile
+from eah_kernels.triton.tiles import FAST, FAST_MASKED, HEAD_DIMS, ONCE, SHORT, SHORT_TILES, TILES, FastTile
 
 from .fences import unfenced_reads
-from .sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, steady_loop, whole_program
+from .sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, spills_in_loops, steady_loop, whole_program
 
 
 class Target(NamedTuple):
@@ -254,6 +254,8 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
         problems.append(f"no {row.matrix} instruction")
     if cost.spill_bytes and (fast or not tile.spills):
         problems.append(f"spills {cost.spill_bytes} bytes and the table gives no reason")
+    if not fast and tile.spills == ONCE and spills_in_loops(cost.code):
+        problems.append("spills in a loop, and the table says that it does not")
     unfenced = {} if fast else unfenced_reads(cost.ptx)
     if unfenced:
         problems.append(f"{len(unfenced)} matrix instructions read shared memory without a proxy fence")

@@ -28,18 +28,13 @@ def steady_loop(code: str, elements_a_thread: float, online: bool, several: bool
     online: among those with a running maximum (FMNMX), an online softmax; else among those without. several: a loop
     may take more tiles a step than one, as many as its exps tell.
     """
-    instructions = [(int(m[1], 16), m[2].strip()) for m in INSTRUCTION.finditer(code)]
     found = {}  # (first address, last) -> instructions
-    for address, text in instructions:
-        branch = BRANCH.match(text)
-        if not branch or int(branch[1], 16) >= address:
-            continue
-        body = [t for a, t in instructions if int(branch[1], 16) <= a <= address]
+    for span, body in _loops(code).items():
         kinds = Counter(t.split()[0] for t in body)
         attention = kinds["MUFU.EX2"] and any("MMA" in kind for kind in kinds)
         maximum = any(kind.startswith("FMNMX") for kind in kinds)
-        if attention and maximum == online and not kinds["EXIT"]:  # else it only comes back from behind the program
-            found[int(branch[1], 16), address] = body
+        if attention and maximum == online:
+            found[span] = body
     if not found:
         return None
     loops = [body for span, body in found.items() if not any(_holds(span, other) for other in found)]
@@ -51,6 +46,12 @@ def steady_loop(code: str, elements_a_thread: float, online: bool, several: bool
     issues, exps, best = min(by_issues)
     scalar = sum(bool(re.match(r"LDG(\.E)?(\.U8|\.S8|\.U16)? ", text)) for text in best)
     return Loop(issues, exps, scalar, *overlap(best), max(by_issues)[0])
+
+
+def spills_in_loops(code: str) -> int:
+    """Accesses of spilled registers in the loops with matrix products."""
+    loops = [body for body in _loops(code).values() if any("MMA" in text.split()[0] for text in body)]
+    return max((sum(text.startswith(("LDL", "STL")) for text in body) for body in loops), default=0)
 
 
 def overlap(body: list[str]) -> tuple[float, float]:
@@ -77,6 +78,19 @@ def whole_program(code: str, elements_a_thread: float) -> Loop | None:
         return None
     issues, exps = len(body), sum(text.startswith("MUFU.EX2") for text in body)
     return Loop(issues / elements_a_thread, exps / elements_a_thread, 0, *overlap(body), issues / elements_a_thread)
+
+
+def _loops(code: str) -> dict[tuple[int, int], list[str]]:
+    """(first address, last) of each loop, inner and outer, and its instructions."""
+    instructions = [(int(m[1], 16), m[2].strip()) for m in INSTRUCTION.finditer(code)]
+    found = {}
+    for address, text in instructions:
+        branch = BRANCH.match(text)
+        if branch and int(branch[1], 16) < address:
+            body = [t for a, t in instructions if int(branch[1], 16) <= a <= address]
+            if "EXIT" not in body:  # else it only comes back from behind the program
+                found[int(branch[1], 16), address] = body
+    return found
 
 
 def _holds(span: tuple[int, int], other: tuple[int, int]) -> bool:

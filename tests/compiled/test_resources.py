@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 from dataclasses import replace
 from tests.compiled import resources
-from eah_kernels.triton.tiles import TILES, find_tile
+from eah_kernels.triton.tiles import ONCE, TILES, find_tile
 row = resources.Row("lse", "sm_90", "plain", 64)
 print(resources.build(row)[2])
 good = resources.TARGETS["sm_90"]
@@ -25,6 +25,9 @@ row = resources.Row("sinks", "sm_90", "masked", 128)
 print(resources.build(row)[2])
 kinds = TILES["sinks"]["sm_90"]
 kinds["masked"] = tuple(replace(tile, spills="") for tile in kinds["masked"])
+find_tile.cache_clear()
+print(resources.build(row)[2])
+kinds["masked"] = tuple(replace(tile, spills=ONCE) for tile in kinds["masked"])
 find_tile.cache_clear()
 print(resources.build(row)[2])
 row = resources.Row("lse", "sm_90", "fast", 128)
@@ -45,10 +48,11 @@ print(resources.build(row)[2])
 def test_every_kind_of_wrong_build_is_told():
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
-    right, wrong, excused, spilling, slow, serialised, twice = map(eval, done.stdout.splitlines())
+    right, wrong, excused, spilling, inside, slow, serialised, twice = map(eval, done.stdout.splitlines())
     assert right == [] and excused == []
     assert wrong == ["more than 1 KiB of shared memory", "no UTCHMMA instruction"]
     assert len(spilling) == 1 and spilling[0].startswith("spills ")
+    assert inside == ["spills in a loop, and the table says that it does not"]
     assert ["more than 4" in slow[0], "fewer than 20" in slow[1], len(slow)] == [True, True, 2]
     assert serialised == ["ptxas serialises wgmma: (C7515)"]
     assert twice == ["takes every exp of the shared map 4.0 times"]
