@@ -241,7 +241,7 @@ def build(row: Row) -> tuple[Row, Cost, list[str]]:
     online = LOOPS.get(row.kernel, {})
     loops = {}
     for name in online:
-        share = tile.shared_n / tile.block_n if name == "shared map" and tile.shared_n else 1
+        share = launch.arguments.get("SHARED_N", tile.block_n) / tile.block_n if name == "shared map" else 1
         loops[name] = steady_loop(cost.code, elements * share, online[name], several=fast)
     if row.kernel == "one_pass":
         loops = {"one pass": whole_program(cost.code, elements)}
