@@ -63,6 +63,20 @@ def test_counts_and_head_are_those_of_the_report_at_every_threshold_and_nothing_
     assert None in heads and len(heads) > 2
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llama4", "blip-2", "kosmos-2"])
+@torch.no_grad()
+def test_families_whose_masks_or_hooks_differ(family):
+    model, inputs = build_family(family, "eager"), prompt_of(family, ["abIcdef"])
+    plain = model(**inputs).logits
+    seen = seen_by(model, inputs, threshold=0.03)
+    assert torch.equal(seen.next_token, plain[0, -1])
+    for layer in seen.layers:
+        with eah.enable(model, layers=(layer.layer,), threshold=0.03) as handle:
+            model(**inputs)
+            [row] = handle.report().layers[0].rows
+        assert tuple(layer.counts(0.03).tolist()) == row.sinks and layer.head(0.03) == row.head
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_column_means_and_maps_are_those_of_the_eager_maps(family):
     model, inputs = build(family, "eager"), prompt(family, ["abcIdefgh"])
