@@ -53,9 +53,9 @@ def serve(kind: str, folder: Path) -> None:
 
 def measure(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Wall and CPU seconds of each kind's rounds; a first round warms up and is left out."""
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.vllm.throughput", str(folder)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     engines = {kind: subprocess.Popen([*command, kind], **pipes) for kind in KINDS}
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     try:
