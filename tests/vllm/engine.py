@@ -53,11 +53,12 @@ CROWD = [
 LORA = [ask._replace(lora=True) for ask in MIXED[:5]]
 CROWDED = {"max_model_len": 128, "max_num_batched_tokens": 128, "num_gpu_blocks_override": 7, "block_size": 32}
 OUT = [ask._replace(eah="off", options={"logprobs": 1}) for ask in MIXED]
+ON = [ask._replace(eah="on") for ask in MIXED]
 LATER = [ask._replace(tokens=24) for ask in MIXED]
 ENGINES = {
     "plain": Engine({}, [MIXED, TWICE, TWICE, [N3, LOGPROBS, STRUCTURED], [MIXED[0]._replace(eah="maybe")], OUT]),
     "without": Engine({}, [OUT], plugin=False),
-    "default off": Engine({}, [MIXED], knobs={"default": "off", "layers": [0, 2], "broadcast_to": 2}),
+    "default off": Engine({}, [MIXED, ON], knobs={"default": "off", "layers": [0, 2], "broadcast_to": 2}),
     "crowded": Engine(CROWDED, [CROWD]),
     "priority": Engine(
         {"max_model_len": 128, "max_num_batched_tokens": 128, "scheduling_policy": "priority", "max_num_seqs": 4},

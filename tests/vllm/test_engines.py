@@ -31,7 +31,7 @@ def compare(engine, result, reference):
     compared = changed = 0
     for batch, answers in zip(engine.batches, result["batches"], strict=True):
         for ask, answer in zip(batch, answers, strict=True):
-            on = bool(ask.seeds) and (ask.eah or default) not in ("off",)
+            on = bool(ask.seeds) and (ask.eah or default) != "off"
             model = reference(engine.family, lora=ask.lora, **engine.text)
             want = model.answer(ask, answer["prompt"], on, **(knobs if on else {}))
             if "n" not in ask.options and "structured_outputs" not in ask.options:
@@ -52,7 +52,7 @@ def compare(engine, result, reference):
     return compared, changed
 
 
-def outcomes(asks, default="on"):
+def outcomes(asks, default):
     said = [(ask.eah if ask.eah in ("on", "off") else default, bool(ask.seeds)) for ask in asks]
     return {
         "enhanced": sum(eah == "on" and image for eah, image in said),
@@ -67,11 +67,11 @@ def test_an_engine_answers_as_transformers_does(name, answered, reference):
     compared, changed = compare(engine, result, reference)
     assert compared > 30 and changed >= CHANGED
     leads, *others = result["report"]
-    want = outcomes([ask for batch in engine.batches for ask in batch for _ in range(ask.options.get("n", 1))])
-    if "default" not in engine.knobs:
-        assert leads["enhanced"] + leads["no_head"] == want["enhanced"]
-        assert leads["opted_out"] == want["opted_out"]
-        assert leads["stood_aside"].get("no image token", 0) == want["text"]
+    asks = [ask for batch in engine.batches for ask in batch for _ in range(ask.options.get("n", 1))]
+    want = outcomes(asks, engine.knobs.get("default", "on"))
+    assert leads["enhanced"] + leads["no_head"] == want["enhanced"]
+    assert leads["opted_out"] == want["opted_out"]
+    assert leads["stood_aside"].get("no image token", 0) == want["text"]
     assert all(other["last"] == [] and other["enhanced"] == 0 for other in others)
 
 
