@@ -22,7 +22,7 @@ from .asks import THRESHOLD, Ask, letters
 from .engine import BASE, ENVIRONMENT, MULTIMODAL, answers
 
 KINDS = ("without", "opted out", "enhanced")
-ROUNDS, REQUESTS, PROMPT, TOKENS = 5, 8, 480, 16
+ROUNDS, REQUESTS, PROMPT, TOKENS = 5, 4, 480, 8
 TEXT = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8)
 TEXT |= dict(head_dim=64, max_position_embeddings=1024)
 
