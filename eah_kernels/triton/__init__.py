@@ -1,4 +1,5 @@
-"""backend="triton": the fused kernels. No host synchronisation; memory linear in length, but for a 4-D mask's bits.
+"""backend="triton": the fused kernels. No host synchronisation; memory linear in length, but for a 4-D mask's bits and,
+where its rows are not aligned, a copy of an additive one.
 
 fast: with the Gluon kernels of hopper/ where they suit.
 """
