@@ -21,6 +21,7 @@ import math
 import os
 import random
 import re
+import resource
 import sys
 import time
 from collections import Counter, defaultdict
@@ -83,7 +84,7 @@ def changes(statement: Statement) -> Iterator[tuple[str, Statement | None, int]]
         yield "wgmma wait", None, SENSITIVE
         yield "wgmma wait", statement._replace(operands=(str(int(operands[0]) + 1),)), SENSITIVE
     if opcode.startswith("wgmma.fence"):
-        yield "wgmma fence", None, CAME
+        yield "wgmma fence", None, SENSITIVE
     if opcode.startswith("fence.proxy"):
         yield "proxy fence", None, CAME
     for order in ("acq_rel", "acquire", "release"):
@@ -150,6 +151,13 @@ class Trial(NamedTuple):
     code: str
     mutant: Mutant
     steps: int
+
+
+def _start() -> None:
+    """Of a process that examines: one thread, and no more memory than a fault that has no end may take."""
+    torch.set_num_threads(1)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**30,) * 2)
 
 
 def examine(trials: list[Trial]) -> list[str]:
@@ -285,7 +293,7 @@ def survey(
     found: dict[Trial, str | None] = {trial: journal.known(trial) for trial in trials[: sample or None]}
     jobs = grouped([trial for trial, how in found.items() if how is None], seed, operators) if seconds else []
     end = time.monotonic() + seconds
-    with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(processes, initializer=_start) as pool:
         for job, hows in zip(jobs, pool.map(examine, jobs), strict=True):
             found |= zip(job, hows, strict=True)
             journal.add(job, hows)

@@ -199,7 +199,10 @@ Stop Interpreter::run(Block& block, Warp& warp, u64 quantum) {
       case STMATRIX_TRANS: registers_to_matrices(true); break;
       case MMA_F16: case MMA_BF16: case MMA_TF32: multiply_now(); break;
       case WGMMA_F16: case WGMMA_BF16: case WGMMA_TF32: start_multiply(); break;
-      case WGMMA_FENCE: ++warp.wgmma_fences; break;
+      case WGMMA_FENCE:
+        ++warp.wgmma_fences;
+        warp.last_fence = pc;
+        break;
       case WGMMA_COMMIT:
         warp.multiply_groups.push_back(std::move(warp.multiplies));
         warp.multiplies.clear();

@@ -51,7 +51,7 @@ struct Instruction {
 static_assert(sizeof(Instruction) == 32);
 
 // What happened at an instruction so far. SENSITIVE: a comparison's two sides were equal in a lane, a shuffle brought a
-// lane another value than its own, a wait had something to wait for.
+// lane another value than its own, a wait had something to wait for, a wgmma.fence a register that was written before.
 enum Reached : u8 { CAME = 1, SENSITIVE = 2, GUARD_TRUE = 4, GUARD_FALSE = 8, TOOK_FIRST = 16, TOOK_SECOND = 32 };
 
 struct Program {
@@ -104,6 +104,7 @@ struct Warp {
   std::vector<u16> results, sources;  // by slot: wgmmas under way that write it, that read it
   std::vector<u32> written;           // by slot: wgmma fences before it was last written, by anything but a wgmma
   u32 wgmma_fences = 0;
+  i32 last_fence = 0;                 // where the last of these is
   View view;                          // of other blocks
   bool acquired = false;              // since its last barrier
 

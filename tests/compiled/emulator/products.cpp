@@ -41,8 +41,12 @@ void Interpreter::start_multiply() {
   const bool from_memory = in_->number == results + 3;
   const int registers = from_memory ? results : results + 4;
   for (int i = 0; i < registers; ++i) {
-    if (warp.written[operands_[i]] >= warp.wgmma_fences && !warp.results[operands_[i]]) {
+    const u32 fences = warp.results[operands_[i]] ? 0 : warp.written[operands_[i]] + 1;  // that it is behind, at least
+    if (fences > warp.wgmma_fences) {
       fault("wgmma uses a register that was written after the last wgmma.fence");
+    }
+    if (fences == warp.wgmma_fences) {
+      program_.reached[warp.last_fence] |= SENSITIVE;
     }
   }
   const Multiply work = {in_, from_memory ? *operand<u64>(results) : 0, *operand<u64>(in_->number - 2),
