@@ -138,9 +138,10 @@ def recorded(target: str, more: bool = True) -> dict[str, list[Replay]]:
 
 
 def feeling(replays: list[Replay], mutant: Mutant) -> list[Replay]:
-    """The launches in which a change does anything, the shortest first, at most MOST."""
+    """The launches in which a change does anything, the shortest first, at most MOST where not all must be noticed."""
     line = replays[0].launched.program.kernel.statements[mutant.at].line
-    return sorted((r for r in replays if r.happened.get(line, 0) & mutant.feels), key=lambda r: r.steps)[:MOST]
+    felt = sorted((r for r in replays if r.happened.get(line, 0) & mutant.feels), key=lambda r: r.steps)
+    return felt if mutant.operator in STRICT else felt[:MOST]
 
 
 class Trial(NamedTuple):
