@@ -120,7 +120,7 @@ class Problem:
     def fast_tile(self, kernel: str, value: Tensor | None = None) -> FastTile | None:
         """The row of a Gluon kernel, where it may run; None for the Triton kernel. value: if the kernel reads it."""
         head_dim = self.query.shape[-1]
-        suits = self.fast and (self.mask is None or kernel in FAST_MASKED)
+        suits = self.fast and (self.mask is None or head_dim in FAST_MASKED[kernel])
         suits = suits and (value is None or (value.shape[-1] == head_dim and suits_tma(value)))
         return FAST[kernel].get(self.target, {}).get(head_dim) if suits else None
 

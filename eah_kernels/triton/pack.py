@@ -86,12 +86,12 @@ def _pack_keys_kernel(shown_ptr, stride, mask, cells, before, shown_bytes, kv_le
     shown_bytes = head_of(shown_bytes, b, 0)
     shown_ptr = at(shown_ptr, b, stride)
     shown_before = 0
-    for start in range(0, kv_len + 1, CHUNK):
+    for start in range(0, kv_len + 2 * PAD, CHUNK):
         key = start + tl.arange(0, CHUNK)
         inside = key < kv_len
         shown = tl.load(shown_ptr + key, mask=inside, other=0) != 0
         tl.store(mask.ptr + key, tl.where(shown, 0.0, float("-inf")), mask=inside)
-        tl.store(shown_bytes.ptr + key, shown, mask=key < tl.cdiv(kv_len, PAD) * PAD)
+        tl.store(shown_bytes.ptr + key, shown, mask=key < tl.cdiv(kv_len, PAD) * PAD + PAD)
         number = shown.to(tl.int32)
         tl.store(before.ptr + key, shown_before + tl.cumsum(number, 0) - number, mask=key <= kv_len)
         shown_before += tl.sum(number, 0)
@@ -116,7 +116,7 @@ def pack(problem: Problem, given: Tensor) -> Launch:
 
     if problem.rules.BY_KEY:
         cells, before = empty(1, keys // CELL.value), empty(1, keys + 1, dtype=torch.int32)
-        shown = empty(1, keys)
+        shown = empty(1, keys + PAD.value)  # of the positions of a tile's rows, too, which begins anywhere
         problem.packed = PackedMask(cells, cells, before=before, shown=shown)
         given = given if given.stride(1) == 1 else given.contiguous()
         arguments = dict(shown_ptr=given.view(torch.uint8), stride=given.stride(0), kv_len=kv_len)

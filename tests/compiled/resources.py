@@ -222,7 +222,7 @@ def rows(everything: bool) -> list[Row]:
         for kernel in FAST
         for target in FAST[kernel]
         for dim in FAST[kernel][target]
-        for mask in ("bias", "key")[: 1 + (kernel in FAST_MASKED)]
+        for mask in ("bias", "key")[: 1 + (dim in FAST_MASKED[kernel])]
     ]
     targets = TARGETS if everything else ("sm_90",)
     return table + [Row("pack", target, "masked", 128, mask) for target in targets for mask in ("key", "bias")]

@@ -87,7 +87,7 @@ def test_a_mask_by_key(shown):
             tensors = (t := spaced(inputs)).query, t.key, t.image_mask
             options = dict(attention_mask=t.attention_mask, threshold=threshold, return_column_mean=True)
             results.append(sink_statistics(*tensors, backend="triton", **options))
-    assert by_tma(names) == {f"_{kernel}_kernel" for kernel in FAST_MASKED}
+    assert by_tma(names) == {f"_{kernel}_kernel" for kernel, dims in FAST_MASKED.items() if 64 in dims}
     assert torch.equal(results[0].sink_counts, counts)
     counting = inputs.attention_mask[:, None, 210:].expand_as(lse)
     assert_statistics_close(results[0].lse[counting], results[0].column_mean, lse[counting], mean)

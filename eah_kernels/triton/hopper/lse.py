@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from eah_kernels.triton.bundles import Span, Tally
+from eah_kernels.triton.bundles import Span, Tally, View
 from eah_kernels.triton.hopper.ring import (
     LENGTHS,
     ROWS,
@@ -173,13 +173,17 @@ def _lse_kernel(
     )
 
 
+def shown_keys(problem: Problem) -> list[View | None]:
+    """Of a (B, Skv) mask, which keys it shows, what its cells hold, and how many it shows before each; or nothing."""
+    packed = problem.packed
+    parts = (None, None, None) if packed is None else (packed.shown, packed.cells, packed.before)
+    return [None if part is None else view(part) for part in parts]
+
+
 def lse(problem: Problem, tile: FastTile, out, *, image=None, tally: Tally | None = None, head=None) -> Launch:
     """As ../lse.py."""
     batch, heads, columns = out.shape
-    packed = problem.packed
-    shown = cells = None
-    if packed is not None and packed.shown is not None:
-        shown, cells = view(packed.shown), view(packed.cells)
+    shown, cells, _ = shown_keys(problem)
     return Launch(
         _lse_kernel,
         batch * heads * cdiv(columns, tile.block_m),
