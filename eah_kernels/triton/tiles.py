@@ -282,8 +282,8 @@ SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {
             "masked": AS_LONGER,
         },
         "sm_90": {
-            "plain": (Tile(64, 32, 4, 2, 256), Tile(64, 32, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
-            "masked": (Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256), Tile(64, 32, 8, 2, 256)),
+            "plain": (Tile(64, 32, 4, 2, 256), Tile(64, 32, 4, 2, 256), None),
+            "masked": (Tile(64, 32, 4, 2, 256), Tile(64, 32, 4, 2, 256, spills=ONCE), None),
         },
         "sm_100": {
             "plain": (Tile(64, 64, 4, 2, 256), Tile(64, 64, 4, 2, 256), Tile(64, 32, 8, 2, 256)),
