@@ -11,7 +11,7 @@ Otherwise (head -1), the layer's ordinary attention: a FlashAttention-2 forward 
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import CELL, NO_MASK, Columns, Layer, RowBlock, Sizes
+from eah_kernels.triton.bundles import CELL, NO_MASK, Columns, Heads, Layer, RowBlock, Sizes
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_groups, view, view_lines
 from eah_kernels.triton.loads import at, head_of, load_operand, load_values, mask_of, row_of, value_columns
 from eah_kernels.triton.ranges import AFTER, key_range, place, walk
@@ -102,12 +102,12 @@ def attend_rows(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attend_kernel(
-    q, k, v, out, mask, packed, minus_lse, head_ptr, batch, units, heads, kv_heads, q_len, kv_len, window, scale,
+    q, k, v, out, mask, packed, minus_lse, head_ptr, batch, heads, q_len, kv_len, window, scale,
     R: tl.constexpr, V: tl.constexpr, SHARED_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """units: groups of V.HEADS value heads. Of a row block, they come first, then the query heads. SHARED_N: keys of a
-    shared map's tile."""
+    """Of a row block, the units come first, then the query heads. SHARED_N: keys of a shared map's tile."""
     batch, cu_seqlens, tokens = batch
+    units, heads, kv_heads = heads
     pid = tl.program_id(0)
     b = pid % batch
     unit = pid // batch % (units + heads)
@@ -149,7 +149,7 @@ def attend(problem: Problem, value, head, out, minus_lse) -> Launch:
         tile,
         problem.arguments
         | dict(v=view(value), out=view(out), packed=problem.packed_for_keys(), head_ptr=head, V=values)
-        | dict(minus_lse=view_lines(minus_lse), units=units, heads=heads, kv_heads=kv_heads)
+        | dict(minus_lse=view_lines(minus_lse), heads=Heads(units, heads, kv_heads))
         | dict(batch=problem.batch, SHARED_N=tile.shared_n or tile.block_n),
     )
 

@@ -93,6 +93,14 @@ class Batch(NamedTuple):
     tokens: Any = None
 
 
+class Heads(NamedTuple):
+    """How many there are. units: groups of Values.HEADS value heads."""
+
+    units: Any
+    query: Any
+    kv: Any
+
+
 class Scale(NamedTuple):
     """Scores in log2 units: product * factor; under a soft-cap, cap * tanh(product * factor)."""
 
