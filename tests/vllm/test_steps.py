@@ -85,7 +85,7 @@ def test_the_plan_of_a_mixed_step():
         ((request(10), 0, 4), None),  # it ends in a later step, and is counted there
         ((request(10, (2, 5), eah="off"), 0, 4), None),
     ],
-    ids=str,
+    ids=["cut", "rest", "embeddings", "streamed", "no image", "off", "no image, unfinished", "off, unfinished"],
 )
 def test_what_is_not_enhanced(row, why):
     plan = plan_step(*step(row), SETTINGS)
