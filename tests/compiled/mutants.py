@@ -265,8 +265,13 @@ def listed() -> list[tuple[int, re.Pattern, str]]:
 
 
 def told(kernel: Kernel, mutant: Mutant) -> str:
-    statement = kernel.statements[mutant.at]
-    return f"{kernel.name} | {mutant.operator} | {statement.location} | {statement} -> {mutant.statement}"
+    """A fence or a wait, whose text is always the same, with the first operands of the product that it is of."""
+    statement, product = kernel.statements[mutant.at], None
+    if mutant.operator in ("wgmma wait", "wgmma fence", "proxy fence"):
+        others = kernel.statements[mutant.at :: -1 if mutant.operator == "wgmma wait" else 1]
+        product = next((s for s in others if s.opcode.startswith("wgmma.mma")), None)
+    of = " ".join(["", "of", *(re.findall(r"%\w+", o)[0] for o in product.operands[:3])]) if product else ""
+    return f"{kernel.name} | {mutant.operator} | {statement.location} | {statement}{of} -> {mutant.statement}"
 
 
 def survey(

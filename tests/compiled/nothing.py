@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cached_property
 
 from .ptx import Kernel, Statement
 
@@ -79,6 +80,52 @@ class Flow:
                 todo += following[i]
         return True
 
+    @cached_property
+    def below(self) -> dict[str, tuple[str, int]]:
+        """The predicates that say, wherever they are read, whether a register that has one value is below a number."""
+        written = defaultdict(list)
+        for i, s in enumerate(self.statements):
+            if s.operands and not s.opcode.startswith("st."):
+                for register in _registers(s.operands[0]):
+                    written[register].append(i)
+
+        def once(register: str) -> bool:
+            first, *others = written[register] or [-1, -1]
+            return not others and self.first(first, 1, _opcodes(), lambda s: s is self.statements[first])
+
+        return {
+            s.operands[0]: (s.operands[1], int(s.operands[2]))
+            for s in self.statements
+            if s.opcode == "setp.lt.s32" and not s.guard and re.fullmatch(r"-?\d+", s.operands[2])
+            if len(written[s.operands[0]]) == 1 and once(s.operands[1])
+        }
+
+    def preceded(self, at: int, good: Callable, bad: Callable) -> bool:
+        """Whether every path to a statement has a good statement and no bad one behind it.
+
+        No path goes where a register is below a number that a later branch of it finds it not to be below.
+        """
+        todo, seen = [(at, frozenset[tuple[str, int]]())], set()
+        while todo:
+            at, least = todo.pop()
+            if not self.next[-1][at]:
+                return False
+            for i in self.next[-1][at]:
+                s, known = self.statements[i], least
+                if s.guard in self.below and s.opcode.startswith("bra") and len(set(self.next[1][i])) == 2:
+                    register, number = self.below[s.guard]
+                    if s.negated == (at == i + 1):
+                        if any(register == r and number <= n for r, n in known):
+                            continue
+                    else:
+                        known |= {(register, number)}
+                if bad(s):
+                    return False
+                if not good(s) and (i, known) not in seen:
+                    seen.add((i, known))
+                    todo.append((i, known))
+        return True
+
 
 def redundant(flow: Flow, at: int) -> bool:
     """Whether a barrier, or a fence or a wait at wgmma, does nothing.
@@ -86,8 +133,9 @@ def redundant(flow: Flow, at: int) -> bool:
     A barrier: no access to memory lies between it and the next one, or between the one before and it, or on both sides
     nothing but copies into shared memory, of which no two go to the same place, and reads of global memory.
     A proxy fence: another one lies before every wgmma that follows, or nothing was written to shared memory since
-    another one. A wgmma fence: the next product adds to what the last one wrote, and nobody touched it in between. A
-    wait: on every path another one lies before anything but a wgmma touches what the products under way write.
+    another one. A wgmma fence: on every path to it another one lies before it, and between the two nothing touches the
+    registers of the products behind it but products of the same shape, which add to them. A wait: on every path another
+    one lies before anything but a wgmma touches what the products under way write.
     """
     statements = flow.statements
     opcode = statements[at].opcode
@@ -102,6 +150,8 @@ def redundant(flow: Flow, at: int) -> bool:
         fence = _opcodes("fence.proxy")
         written = _opcodes("st.shared", "stmatrix", "cp.async.c", "cp.async.wait")
         return flow.first(at, 1, fence, _opcodes("wgmma.mma")) or flow.first(at, -1, fence, written)
+    if opcode.startswith("wgmma.fence"):
+        return _fenced_before(flow, at)
     results: set[str] = set()
 
     def product(statement: Statement) -> bool:
@@ -113,16 +163,34 @@ def redundant(flow: Flow, at: int) -> bool:
         others = [r for operand in statement.operands for r in _registers(operand)]
         return not statement.opcode.startswith("wgmma.mma") and not results.isdisjoint(others)
 
-    if opcode.startswith("wgmma.fence"):
-        before = next((s for s in reversed(statements[:at]) if s.opcode.startswith(("wgmma.mma", "bra"))), None)
-        after = next(s for s in statements[at:] if s.opcode.startswith("wgmma.mma"))
-        if before is None or before.opcode != after.opcode or after.operands[1].startswith("{"):
-            return False
-        product(after)
-        same = before.operands[0] == after.operands[0]
-        return same and not any(touched(s) for s in statements[statements.index(before) : at])
     flow.first(at, -1, _opcodes("wgmma.wait"), product)
     return flow.first(at, 1, _opcodes("wgmma.wait"), touched)
+
+
+def _fenced_before(flow: Flow, at: int) -> bool:
+    shapes: dict[str, str] = {}  # by register of the products that follow; "" where none may have touched it
+
+    def product(s: Statement) -> bool:
+        if s.opcode.startswith("wgmma.mma"):
+            for register in _registers(s.operands[0]):
+                shapes[register] = s.opcode if shapes.get(register, s.opcode) == s.opcode else ""
+            shapes.update(dict.fromkeys(_fragments(s), ""))
+        return False
+
+    def touched(s: Statement) -> bool:
+        if s.opcode.startswith("wgmma.mma"):
+            sums = any(shapes.get(r, s.opcode) != s.opcode for r in _registers(s.operands[0]))
+            return sums or not shapes.keys().isdisjoint(_fragments(s))
+        return any(r in shapes for operand in s.operands for r in _registers(operand))
+
+    fence = _opcodes("wgmma.fence")
+    flow.first(at, 1, fence, product)
+    return flow.preceded(at, fence, touched)
+
+
+def _fragments(product: Statement) -> list[str]:
+    """The registers of a product's first operand, if it is not in shared memory."""
+    return _registers(product.operands[1]) if product.operands[1].startswith("{") else []
 
 
 def _registers(operand: str) -> list[str]:

@@ -137,6 +137,9 @@ MORE_LAYERS = [
     Problems(replace(PADDED, image="middle"), HALF, [(192, 192)], shown=((0, 64),)),
     Problems(replace(PADDED, image="middle"), HALF, [(70, 70)], shown=((0, 0),)),
     Problems(replace(MASKED, image="middle"), BRAIN, [(70, 70)], shown=((0, 0),)),
+    # The same of a chosen head, and a row block of which only the last tile is seen.
+    Problems(replace(PADDED, mask="right"), HALF, [(192, 192)], token=20, shown=((0, 64),)),
+    Problems(replace(WINDOW, sliding_window=1), HALF, [(256, 256)], only=ONE_PASS),
     # A map of one key, and an image token in the second thousand.
     Problems(replace(MASKED, mask="bool"), BRAIN, [(5, 1)]),
     *[

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from ..support.cases import Case, exact, make, run
-from . import mutants
+from . import mutants, ptx
 from .emulator import Executable
+from .nothing import Flow, redundant
 from .problems import Replay, spaced
 from .triton_launch import compiled
 
@@ -38,3 +39,66 @@ def test_every_one_of_an_operator(operator, kernel):
     assert sites
     for site in sites:
         assert replay.caught(Executable(mutants.changed(program, site))), site
+
+
+FENCES = """
+.visible .entry kernel()
+.reqntid 128
+{{
+	.reg .pred %p<9>;
+	.reg .b32 %r<9>;
+	.reg .b64 %rd<9>;
+	mov.u32 %r1, %tid.x;
+	setp.lt.s32 %p1, %r1, {first};
+	setp.lt.s32 %p2, %r1, 65;
+	@%p1 bra $L1;
+	wgmma.fence.sync.aligned;
+	wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%r2,%r3,%r4,%r5}}, %rd1, %rd2, 0, 1, 1, 0, 0;
+	wgmma.commit_group.sync.aligned;
+	wgmma.wait_group.sync.aligned 0;
+$L1:
+	{between}
+	@%p2 bra $L2;
+	wgmma.fence.sync.aligned;
+	wgmma.mma_async.sync.aligned.m64n8k16.f32.{types} {{%r{result},%r3,%r4,%r5}}, {rows}, %rd2, 0, 1, 1, 0, 0;
+	{after}
+$L2:
+	{again}
+	ret;
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "nothing"),
+    [
+        ({}, True),
+        (dict(result=6), True),
+        (dict(first=66), False),  # the second product may be the first
+        (dict(between="add.s32 %r1, %r1, 64;"), False),  # or it may, as the number between changes
+        (dict(again="@%p2 bra $L1;"), True),
+        (dict(between="mov.u32 %r4, %r1;"), False),
+        (dict(between="add.f32 %r7, %r4, %r4;"), False),
+        (dict(between="mov.u32 %r7, %r1;"), True),
+        (dict(rows="{%r6,%r7,%r7,%r7}"), True),
+        (dict(rows="{%r6,%r7,%r7,%r7}", between="mov.u32 %r6, %r1;"), False),
+        (dict(rows="{%r3,%r7,%r7,%r7}", result=6), False),  # of the product before: its sums
+        (dict(types="bf16.bf16"), False),  # another shape
+        (dict(after="mov.u32 %r3, %r1;", again="bra $L1;"), False),
+    ],
+)
+def test_wgmma_fence_that_does_nothing(change, nothing):
+    """The second of two products, which comes with the first, whose registers nobody touched since its fence."""
+    body = dict(first=1, between="", types="f16.f16", result=2, rows="%rd1", after="", again="") | change
+    (kernel,) = ptx.parse(FENCES.format(**body)).values()
+    fences = [i for i, s in enumerate(kernel.statements) if s.opcode.startswith("wgmma.fence")]
+    assert [redundant(Flow(kernel), fence) for fence in fences] == [False, nothing]
+
+
+def test_list_tells_fences_apart():
+    """Their text is the same: the product that a fence is of says which it is."""
+    body = dict(first=66, between="", types="f16.f16", result=6, rows="%rd3", after="", again="")
+    (kernel,) = ptx.parse(FENCES.format(**body)).values()
+    sites = [m for m in mutants.mutants_of(kernel) if m.operator == "wgmma fence"]
+    texts = [mutants.told(kernel, site).split(" | ")[-1] for site in sites]
+    assert texts == [f"wgmma.fence.sync.aligned of {product} -> None" for product in ("%r2 %rd1 %rd2", "%r6 %rd3 %rd2")]
