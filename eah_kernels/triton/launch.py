@@ -190,7 +190,8 @@ def kernel_mask(mask: Tensor | None, by_key: bool = True) -> tuple[Tensor | None
         batch, kv_len = mask.shape
         return mask.new_empty(batch, 1, 1, cdiv(kv_len, 16) * 16, dtype=torch.float32), KEY_MASK.value, -math.inf
     if mask.dim() == 2:
-        mask = mask[:, None, None]
+        batch, kv_len = mask.shape
+        mask = mask.as_strided((batch, 1, 1, kv_len), (mask.stride(0), 0, 0, mask.stride(1)))  # one line for all rows
     if mask.dtype == torch.bool:
         return narrow(mask.view(torch.uint8)), BOOL_MASK.value, 0.0
     return narrow(aligned(mask) if by_key else mask), BIAS_MASK.value, torch.finfo(mask.dtype).min / 2
