@@ -35,7 +35,8 @@ class Problems(NamedTuple):
 
     token: the only key that is an image token, in the last batch row; None: as the case says. shown: the mask hides all
     keys but those from the first to before the second of each of these pairs. spoilt: values from this key on are NaN,
-    and every score is so low that to the row's log-sum-exp a score of 0 is infinite. only: the kernels that it is for.
+    and every score is so low that to the row's log-sum-exp a score of 0 is infinite. lost: values before this key are
+    NaN. only: the kernels that it is for.
     """
 
     case: Case
@@ -44,6 +45,7 @@ class Problems(NamedTuple):
     token: int | None = None
     shown: tuple[tuple[int, int], ...] | None = None
     spoilt: int | None = None
+    lost: int | None = None
     only: tuple[str, ...] = ()
 
     def inputs(self) -> Iterator[Inputs]:
@@ -58,6 +60,8 @@ class Problems(NamedTuple):
             if self.spoilt is not None:
                 inputs.value[:, :, self.spoilt :] = torch.nan
                 inputs.key[..., 0], inputs.query[..., 0] = 40, -40
+            if self.lost is not None:
+                inputs.value[:, :, : self.lost] = torch.nan
             yield inputs
 
 
@@ -146,6 +150,30 @@ MORE_LAYERS = [
         Problems(case, dtype, [(3, 1100)], 1090)
         for case, dtype in ((PLAIN, BRAIN), (PADDED, HALF), (MASKED, BRAIN), (WINDOW, HALF), (FULL, SINGLE))
     ],
+    # What sm_90's tiles leave: the last row of a prompt, its keys' end and a window's edge in every lane.
+    *[
+        Problems(replace(WINDOW, sliding_window=n // 2), HALF, [(n, n)], only=ONE_PASS)
+        for n in (2, 4, 8, 12, 16, 24, 28, 32, 36)
+    ],
+    *[
+        Problems(replace(WINDOW, sliding_window=window), HALF, [(n, n)], lost=65 - window, only=ATTEND)
+        for n, window in (
+            *((66, 14), (67, 27), (69, 53), (70, 2), (71, 15), (72, 28), (73, 41), (74, 54), (75, 3), (76, 16)),
+            *((77, 29), (78, 42), (79, 55), (80, 4), (81, 17), (82, 30), (84, 56), (89, 57), (90, 6), (91, 19)),
+            *((92, 32), (94, 58), (95, 7), (96, 20), (102, 34), (110, 10), (115, 11), (118, 50), (120, 12), (125, 13)),
+            (127, 39),
+        )
+    ],
+    Problems(WIDE_WINDOW, HALF, [(q_len, q_len + 200) for q_len in (56, 62, 65, 68, 74, 77, 80, 86, 89, 92)]),
+    Problems(WIDE_WINDOW, HALF, [(q_len, q_len + 200) for q_len in (98, 101, 104, 110, 113, 116, 122, 125)]),
+    Problems(replace(WINDOW, sliding_window=64), HALF, [(70, 134)]),
+    Problems(replace(WINDOW, sliding_window=128), HALF, [(200, 260)]),
+    Problems(
+        replace(PADDED, image="all"), HALF, [(22, 25), (34, 36), (43, 48), (44, 47), (62, 66), (76, 77), (91, 92)]
+    ),
+    Problems(replace(PADDED, image="all"), HALF, [(112, 115), (115, 119)]),
+    Problems(PADDED, HALF, [(3, 9), (3, 23), (10, 142)]),
+    Problems(PLAIN, BRAIN, [(17, 17), (49, 49)], only=ATTEND),
     # Blocks too many.
     *[
         Problems(replace(case, image=image), dtype, [(rows, 256)], spoilt=spoilt)
@@ -173,7 +201,10 @@ MORE_LAYERS = [
     ],
 ]
 # Stretches of many blocks.
-MORE_STEPS = [Problems(STEPS[0].case, BRAIN, [(7, 83), (2, 8200)]), Problems(STEPS[1].case, HALF, [(3, 8200)])]
+MORE_STEPS = [
+    Problems(STEPS[0].case, BRAIN, [(7, 83), (2, 8200), (2, 512), (2, 1100), (1, 1500), (3, 2000)]),
+    Problems(STEPS[1].case, HALF, [(3, 8200), (2, 512), (2, 1100), (1, 1500), (3, 2000)]),
+]
 # The choice of a head among more than 128, after sinks of which many are the same.
 CHOICES = [(replace(PLAIN, heads=129, kv_heads=43), BRAIN), (replace(PADDED, heads=129, kv_heads=129), HALF)]
 CHOICES += [(replace(case, heads=130, kv_heads=65), dtype) for case, dtype in ((MASKED, BRAIN), (CLOSE, HALF))]
@@ -194,9 +225,12 @@ CUDA_LAYERS = [
             Case(heads=1, kv_heads=1, batch=1, image="all", dim=dim), dtype, [(n, n) for n in range(193, 1024, 64)]
         ),
         Problems(Case(heads=1, kv_heads=1, batch=1, image="all", dim=dim), dtype, [(1024, 1024)]),
+        # The only image token that of the last row but one, which the last row alone sees, first of its block.
+        Problems(Case(heads=4, kv_heads=4, batch=1, dim=dim), dtype, [(n, n) for n in range(193, 1024, 64)], token=-2),
         Problems(Case(heads=257, kv_heads=257, batch=1, dim=dim), dtype, [(3, 3)]),
         Problems(Case(heads=100, kv_heads=100, image="absent", dim=dim), dtype, [(2, 2)]),
         Problems(Case(heads=40, kv_heads=40, dim=dim), dtype, [(2, 2)]),
+        Problems(Case(heads=40, kv_heads=40, dim=dim), dtype, [(2, 2)], token=0),
         Problems(Case(heads=9, kv_heads=1, dim=dim), dtype, [(40, 40)]),
         Problems(Case(heads=2, kv_heads=1, batch=9, dim=dim), dtype, [(5, 5)]),
         Problems(Case(heads=4, kv_heads=1, batch=4, mask="left", dim=dim), dtype, [(85, 85), (113, 113)]),
