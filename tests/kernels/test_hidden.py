@@ -18,7 +18,7 @@ def hidden_keys(inputs):
     return ~visible.any(-2).any(1).expand(len(inputs.query), kv_len)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])  # a product takes its sign from the query
 @pytest.mark.parametrize(
     "case",
     [
