@@ -166,7 +166,7 @@ def measured(seen: Seen, threshold: float, maps: bool) -> LayerLook:
         first, _, sparsest = layer.shown(threshold)
         for head in (first, sparsest):
             if head is not None:
-                layer.maps[head] = averaged_map(call, statistics.lse, head).cpu()
+                layer.maps[head] = averaged_map(call, head).cpu()
     return layer
 
 

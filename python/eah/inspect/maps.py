@@ -6,34 +6,23 @@ import torch
 from torch import Tensor
 
 from eah.method import Call
+from eah_kernels import shared_map_attention
 
 CELLS = 256  # a side of an averaged map, at most
-ROWS = 256  # query rows at once
 
 
-def averaged_map(call: Call, lse: Tensor, head: int) -> Tensor:
+def averaged_map(call: Call, head: int) -> Tensor:
     """P_h of the first batch row, averaged over blocks of rows and keys: (min(Sq, 256), min(Skv, 256)) float32.
 
-    lse (B, Hq, Sq): the natural log of each row's sum of exponentials, from `eah_kernels.sink_statistics`. P is made
-    for some rows at a time: exp(score - lse) where the row sees the key.
+    P_h times the weights of the averages over keys is attention with these as its values, and never held by itself.
     """
-    query, key, _, scoring = call
-    (_, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
-    scoring = scoring.at(0, head)
-    q, k = query[0, head].float(), key[0, head // (heads // kv_heads)].float()
-    rows_to, keys_to = (_averages(length, q.device) for length in (q_len, kv_len))
-    averaged = q.new_zeros(rows_to.shape[1], keys_to.shape[1])
-    for start in range(0, q_len, ROWS):
-        rows = slice(start, min(start + ROWS, q_len))
-        score = q[rows] @ k.T * scoring.scale
-        if scoring.softcap is not None:
-            score = scoring.softcap * torch.tanh(score / scoring.softcap)
-        every = slice(None)
-        bias, seen = scoring.bias(rows, every), scoring.visible(q_len, kv_len, q.device, rows, every)[0, 0]
-        score = score if bias is None else score + bias[0, 0]
-        probability = torch.where(seen, (score - lse[0, head, rows, None]).exp(), 0.0)
-        averaged += rows_to[rows].T @ (probability @ keys_to)
-    return averaged
+    (_, heads, q_len, _), (_, kv_heads, kv_len, _) = call.query.shape, call.key.shape
+    kv_head = head // (heads // kv_heads)
+    query, key = call.query[:1, head : head + 1].float(), call.key[:1, kv_head : kv_head + 1].float()
+    rows_to, keys_to = (_averages(length, query.device) for length in (q_len, kv_len))
+    own = torch.full((1,), -1, dtype=torch.int32, device=query.device)
+    by_keys = shared_map_attention(query, key, keys_to[None, None], own, **call.scoring.at(0, head)._asdict())
+    return rows_to.T @ by_keys[0, 0]
 
 
 def _averages(length: int, device: torch.device) -> Tensor:
