@@ -175,6 +175,11 @@ def _layers(text: str) -> list[int]:
     return [int(number) for number in numbers]
 
 
+def _numbers(words: list[list[int]]) -> list[int]:
+    """All of --layers."""
+    return [number for word in words for number in word]
+
+
 def _layers_or_all(text: str) -> list[int]:
     """[] for all."""
     return [] if text == "all" else _layers(text)
@@ -215,7 +220,7 @@ def _generate(arguments) -> int:
             min_density=arguments.min_density,
             decode=arguments.decode,
             backend=arguments.backend,
-            **({"layers": tuple(n for word in arguments.layers for n in word)} if arguments.layers else {}),
+            **({"layers": tuple(_numbers(arguments.layers))} if arguments.layers else {}),
         ),
         max_new_tokens=arguments.max_new_tokens,
         device=arguments.device,
@@ -232,7 +237,7 @@ def _inspect(arguments) -> int:
     if arguments.layers is not None:
         if [] in arguments.layers and len(arguments.layers) > 1:
             raise ValueError("--layers must be all, or numbers such as 0 1 2, not both")
-        arguments.layers = [n for word in arguments.layers for n in word]
+        arguments.layers = _numbers(arguments.layers)
     of_other = ("limit", "calibrate", "answers") if arguments.image else ("layers", "compare")
     for name in of_other:
         if getattr(arguments, name):
@@ -262,7 +267,7 @@ def _vllm_args(arguments) -> int:
     settings = import_module("eah.vllm.settings")
     knobs = {name: getattr(arguments, name) for name in settings.KNOBS}
     if knobs["layers"]:
-        knobs["layers"] = [n for word in knobs["layers"] for n in word]
+        knobs["layers"] = _numbers(knobs["layers"])
     engine = settings.engine_args(**knobs)
     print(json.dumps(engine, indent=2) if arguments.json else " ".join(settings.flags(engine)))
     return 0

@@ -14,6 +14,8 @@ import torch
 import eah
 from eah.eval.files import read_json, write_json
 from eah.inspect.look import inputs_of, upright
+from eah.inspect.many import commonest
+from eah.inspect.numbers import divergence
 
 DENSE = 0.95  # a head that has more sinks per image token is saturated
 CHOSEN, SATURATED, TIED = 0.9, 0.1, 0.1  # usable: chosen in more, saturated and tied in less of the pictures
@@ -64,9 +66,9 @@ def _stability(heads: Sequence[int]) -> float | None:
     halves = heads[::2], heads[1::2]
     if not all(halves):
         return None
-    commonest = [min(Counter(half).items(), key=lambda item: (-item[1], item[0]))[0] for half in halves]
+    winners = [commonest(Counter(half))[0] for half in halves]
     shares = [
-        half.count(head) / len(half) if head >= 0 else 0.0 for half, head in zip(halves, commonest[::-1], strict=True)
+        half.count(head) / len(half) if head >= 0 else 0.0 for half, head in zip(halves, winners[::-1], strict=True)
     ]
     return statistics.fmean(shares)
 
@@ -98,11 +100,9 @@ def first_token_kl(
         digest = record["sha256"]
         if digest not in known:
             inputs = inputs_of(processor, upright(load(path)), prompt).to(model.device, model.dtype)
-            plain = model(**inputs).logits[0, -1].double().log_softmax(-1)
+            plain = model(**inputs).logits[0, -1]
             with eah.enable(model, layers=(layer,), threshold=threshold):
-                enhanced = model(**inputs).logits[0, -1].double().log_softmax(-1)
-            kl = torch.nn.functional.kl_div(enhanced, plain, reduction="sum", log_target=True)
-            known[digest] = max(0.0, kl.item())
+                known[digest] = divergence(plain, model(**inputs).logits[0, -1])
             write_json(kept, known)
         found[digest] = known[digest]
     return {"median": statistics.median(found.values()), "largest": max(found.values()), "pictures": len(found)}

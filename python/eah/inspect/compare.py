@@ -14,6 +14,7 @@ from torch import Tensor
 import eah
 from eah.inspect import figures
 from eah.inspect.look import Look, look_at
+from eah.inspect.numbers import divergence
 from eah.inspect.page import Picture, section, text
 from eah.method import DEFAULT_LAYERS
 from eah.report import Report
@@ -141,12 +142,11 @@ def compare(
         report = handle.report()
         answers = {"without": without, "with": _answer(model, processor, look.inputs, max_new_tokens)}
     assert plain.next_token is not None and enhanced.next_token is not None
-    p, q = (logits.double().log_softmax(-1) for logits in (plain.next_token, enhanced.next_token))
     changes = []
     for layer, output in sorted(before.outputs.items()):
         change = (after.outputs[layer] - output).norm() / output.norm()
         changes.append(LayerChange(layer, change.item(), before.shares[layer], after.shares[layer]))
-    kl = max(0.0, torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item())
+    kl = divergence(plain.next_token, enhanced.next_token)
     return Compared(report, answers, kl, tuple(changes))
 
 

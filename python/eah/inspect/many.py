@@ -142,7 +142,7 @@ def _common(layer: int, records: Sequence[dict]) -> dict:
     densities = [entry["best"][0] / record["image_tokens"] for record, entry in zip(records, entries, strict=True)]
     shares = [count / len(entries) for count in wins.values()]
     low, middle, high = statistics.quantiles(densities, n=4, method="inclusive") if len(entries) > 1 else 3 * densities
-    head, most = min(wins.items(), key=lambda item: (-item[1], item[0]))
+    head, most = commonest(wins)
     return {
         "layer": layer,
         "pictures": len(entries),
@@ -153,6 +153,11 @@ def _common(layer: int, records: Sequence[dict]) -> dict:
         "entropy_bits": max(0.0, -sum(share * math.log2(share) for share in shares)),
         "places": _mean([entry["places"] for entry in entries if entry["places"] is not None]),
     }
+
+
+def commonest(wins: Counter[int]) -> tuple[int, int]:
+    """The head that wins most often, the lower of two, and how often."""
+    return min(wins.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _mean(places: Sequence[list]) -> list[list[float | None]] | None:

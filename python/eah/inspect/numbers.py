@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
 from eah.inspect.look import LayerLook, Look
@@ -42,6 +43,12 @@ def layer_numbers(layer: LayerLook, threshold: float) -> dict:
         "uniform": _short(layer.uniform),
         "column_mean": [_short(row) for row in layer.column_mean],
     }
+
+
+def divergence(plain: Tensor, enhanced: Tensor) -> float:
+    """KL(plain || enhanced) of two next-token distributions, in nats, from their logits (V,)."""
+    p, q = (logits.double().log_softmax(-1) for logits in (plain, enhanced))
+    return max(0.0, torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item())
 
 
 def _short(values: Tensor) -> list[float]:

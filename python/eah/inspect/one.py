@@ -81,8 +81,13 @@ def caution(entry: dict) -> str:
     return "; ".join(parts)
 
 
+def acting(entries: Sequence[dict]) -> dict:
+    """The layer in which EAH acts by default, or the first that there is."""
+    return next((entry for entry in entries if entry["layer"] == 1), entries[0])
+
+
 def _head(look: Look, data: dict, made: Made) -> str:
-    first = next((entry for entry in data["layers"] if entry["layer"] == 1), data["layers"][0])
+    first = acting(data["layers"])
     sentence = told(first)
     lends = "" if first["head"] is None else ": its map is the one that EAH lends to the whole layer"
     picture = made("picture.png", _thumbnail(look.image), f"The picture that was looked at: {data.get('image', '')}")

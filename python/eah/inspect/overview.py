@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from eah.eval.files import write_json, write_text
 from eah.inspect import many_figures as figures
 from eah.inspect.many import correlation, in_common
-from eah.inspect.one import INTRODUCTION, Made
+from eah.inspect.one import INTRODUCTION, Made, acting
 from eah.inspect.page import document, facts, section, table, text
 
 WELL_DEFINED = (
@@ -54,13 +55,8 @@ def _brief(record: dict) -> dict:
     return {name: record[name] for name in ("image", "tokens", "image_tokens", "without_map")} | {"layers": chosen}
 
 
-def _first(common: Sequence[dict]) -> dict:
-    """The layer in which EAH acts by default, or the first that there is."""
-    return next((one for one in common if one["layer"] == 1), common[0])
-
-
 def _head(records: Sequence[dict], names: dict, common: Sequence[dict]) -> str:
-    one = _first(common)
+    one = acting(common)
     head = (
         "no head wins most often" if one["commonest_head"] is None else f"head {one['commonest_head']} wins most often"
     )
@@ -74,7 +70,7 @@ def _head(records: Sequence[dict], names: dict, common: Sequence[dict]) -> str:
 
 
 def _heads(common: Sequence[dict], heads: int, made: Made) -> str:
-    one = _first(common)
+    one = acting(common)
     parts = [
         made(
             "wins.png",
@@ -125,7 +121,7 @@ def _winner(one: dict) -> str:
 
 def _against(records: Sequence[dict], common: Sequence[dict], answers, made: Made) -> tuple[dict, str]:
     variant, shares = answers
-    layer = _first(common)["layer"]
+    layer = acting(common)["layer"]
     pairs = [
         (record["layers"][str(layer)]["best"][0] / record["image_tokens"], shares[record["image"]])
         for record in records
@@ -169,5 +165,5 @@ def _calibration(calibration: dict, own: float, made: Made) -> str:
         for cell in chosen
     ]
     head = ("layer", "threshold", "chosen", "saturated", "tied", "margin", "stability", "KL of the first token, nats")
-    commands = "<pre>" + "\n".join(calibration["commands"]).replace("&", "&amp;").replace("<", "&lt;") + "</pre>"
+    commands = "<pre>" + escape("\n".join(calibration["commands"]), quote=False) + "</pre>"
     return section("Calibration", figure.html("wide"), table(head, lines), text(WELL_DEFINED, "note"), commands)
