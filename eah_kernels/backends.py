@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from eah_kernels.masks import Scoring
 from eah_kernels.native import cpu, cuda
+
+TRITONS = ((3, 6), (3, 7), (3, 8), (3, 9))  # `make compiled TRITON=...` passes on a release of each
 
 
 class Call(NamedTuple):
@@ -90,7 +91,7 @@ def has_gluon(device: torch.device) -> bool:
     """Whether the Gluon kernels run on a device."""
     if device.type != "cuda" or torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1":
         return False
-    return torch.cuda.get_device_capability(device) == (9, 0) and find_spec("triton.experimental.gluon") is not None
+    return torch.cuda.get_device_capability(device) == (9, 0) and knows_triton()
 
 
 def gluon_kernels(device: torch.device | str) -> list[str]:
@@ -109,9 +110,28 @@ def _why_unfenced(device: torch.device) -> str | None:
     return f"on {device}, compute capability 10, it needs triton >= 3.7.1: older ones compile data races there"
 
 
+def knows_triton() -> bool:
+    """Whether the Triton that is installed is of a version that was tested. Of any other one only the public interface
+    is relied on: its own launcher, and no Gluon kernel."""
+    return _triton()[:2] in TRITONS
+
+
+def untested_triton() -> str | None:
+    """What is to be said of the Triton that is installed, None if it was tested or there is none."""
+    if find_spec("triton") is None or knows_triton():
+        return None
+    numbers, tested = (".".join(map(str, numbers)) for numbers in (_triton(), TRITONS[-1]))
+    return (
+        f"untested with triton {numbers}: the newest version tested is {tested}; kernels take Triton's own launcher, "
+        "which is slower, and no Gluon kernel is used"
+    )
+
+
 @cache
 def _triton() -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:3])
+    import triton
+
+    return tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
 
 
 _triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in native/cpu.py

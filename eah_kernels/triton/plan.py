@@ -5,8 +5,8 @@ divisible by 16, which numbers are 1 or need 64 bits. Of two calls of one form i
 kept by form: the first call launches by Triton's own way, later ones hand their arguments straight to the builds it
 took. Nothing of a call is kept but the builds: tensors, lengths, grids and streams are those of the call.
 
-A hook on launches (profilers), Triton's debug or instrumentation, ROCm (whose builds depend on more) and the
-interpreter get Triton's own way every time.
+A hook on launches (profilers), Triton's debug or instrumentation, ROCm (whose builds depend on more), the interpreter
+and a Triton that was not tested, since its builds may be run otherwise, get Triton's own way every time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from eah_kernels.backends import knows_triton
 from eah_kernels.triton.launch import Launch, Problem
 
 PLANS = 256  # kept; a layer needs one for a prompt and one or two for its steps
@@ -46,6 +47,8 @@ class Plan:
 
 def plan_of(function: str, problem: Problem, value_dim: int, *tensors: Tensor | None) -> Plan:
     """The plan for a call of that form. tensors: beside the problem's own, all whose strides its launches pass."""
+    if not knows_triton():
+        return Plan()
     runtime = triton.knobs.runtime
     hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
     if any(hooks) or runtime.debug or triton.knobs.compilation.instrumentation_mode or torch.version.hip:

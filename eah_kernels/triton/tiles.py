@@ -11,6 +11,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
+FUSED = {"enable_fp_fusion": True}  # a product and its sum in one instruction; from Triton 3.10 on not by default
+
 
 @dataclass(frozen=True, eq=False)  # a row is itself: its hash is cheap
 class Tile:
@@ -35,7 +37,7 @@ class Tile:
         """How a kernel is launched with it."""
         limit = {"maxnreg": self.max_registers} if self.max_registers else {}
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n} if self.block_m else {}
-        return blocks | limit | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return blocks | limit | {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSED}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class FastTile:
 
     @cached_property
     def options(self) -> dict[str, int]:
-        return {"num_warps": 4}  # of each group that computes
+        return {"num_warps": 4, **FUSED}  # warps of each group that computes
 
 
 HEAD_DIMS = (64, 128, 256)  # a row serves head dims up to this

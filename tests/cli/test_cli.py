@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -327,6 +328,17 @@ def test_doctor(capsys, monkeypatch):
     assert findings["gluon"]["cpu"] == [] and "Gluon" not in text
     doctor.print_doctor(findings | {"gluon": findings["gluon"] | {"cpu": ["lse", "sinks"]}})
     assert "Gluon kernels (lse, sinks), built, not measured" in capsys.readouterr().out
+
+
+def test_doctor_says_which_versions_were_not_tested(monkeypatch, capsys):
+    assert doctor.untested(with_transformers=True) == []
+    monkeypatch.setattr("eah_kernels.backends._triton", lambda: (3, 10, 0))
+    monkeypatch.setattr("eah.transformers.enable.NEWEST_TESTED", (5, 2))
+    triton, transformers = doctor.untested(with_transformers=True)
+    assert triton.startswith("untested with triton 3.10.0: ") and transformers.startswith("untested with transformers ")
+    assert doctor.untested(with_transformers=False) == [triton]
+    monkeypatch.setattr("eah_kernels.backends._triton", lambda: import_module("no_such_library"))
+    assert doctor.untested(with_transformers=False) == ["triton cannot be imported: No module named 'no_such_library'"]
 
 
 def test_doctor_finds_a_transformers_that_is_too_old_or_broken(monkeypatch):

@@ -296,6 +296,18 @@ def test_hooks_see_every_launch(gpu):
     assert seen == ["_one_pass_kernel", "_attend_kernel"] * 2
 
 
+def test_a_triton_that_was_not_tested_is_asked_every_time(gpu, monkeypatch):
+    """Another one may run its builds otherwise, and say otherwise whether somebody listens to launches."""
+    monkeypatch.setattr(backends, "_triton", lambda: (3, 10, 0))
+    monkeypatch.setattr(triton, "knobs", None)
+    for _ in range(2):
+        with mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as own:
+            prompt(100)
+            step(100)
+        assert own.call_count == 4
+    assert len(gpu.launched) == 8
+
+
 def test_a_step_keeps_all_multiprocessors_busy_to_the_end():
     """Of one resident program each, on sm_90: blocks of keys walked where most are, by those walked on average."""
     slots, block_n = 132, 32

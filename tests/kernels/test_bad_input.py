@@ -148,6 +148,19 @@ def test_a_triton_that_compiles_races_is_refused(monkeypatch, capability, releas
     assert (reason is None) == usable and (usable or "3.7.1" in reason)
 
 
+def test_of_a_triton_that_was_not_tested_no_gluon_kernel_is_used(monkeypatch):
+    """Gluon is experimental: 3.9 took away a name that 3.6 to 3.8 have."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backends.knows_triton() and backends.untested_triton() is None
+    for release, known in (((3, 6, 0), True), ((3, 9, 4), True), ((3, 10, 0), False), ((4, 0, 0), False)):
+        monkeypatch.setattr(backends, "_triton", lambda: release)  # noqa: B023
+        assert backends.has_gluon(torch.device("cuda")) is known
+        note = backends.untested_triton()
+        assert note is None if known else note.startswith(f"untested with triton {release[0]}.{release[1]}.0: ")
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])
 @pytest.mark.parametrize("shape", [(0, H, S, S), (B, H, 0, 0), (B, H, 0, S), (B, H, 1, 1), (B, 1, S, S)], ids=str)
 def test_valid_edges(backend, shape, kernel_device):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import eah
+from eah.transformers import enable as enabling
 from eah.transformers.enable import NEWEST_TESTED
 from eah.transformers.families import FAMILIES as FAMILY_ROWS
 
@@ -359,6 +360,15 @@ def test_a_newer_transformers_is_called_untested(monkeypatch):
         monkeypatch.setattr("eah.transformers.enable.NEWEST_TESTED", newest)
         with eah.enable(build("llava")) as handle:
             assert handle.report().notes == notes
+
+
+def test_an_untested_triton_is_named_where_it_would_run(monkeypatch):
+    monkeypatch.setattr("eah_kernels.backends._triton", lambda: (3, 10, 0))
+    model = build("llava")
+    with eah.enable(model) as handle:
+        assert handle.report().notes == ()
+    (note,) = enabling._notes(model, FAMILY_ROWS["llava"], (1,), (1,), "off", on_triton=True)
+    assert note.startswith("untested with triton 3.10.0: the newest version tested is 3.9; ")
 
 
 def test_layers_without_an_attention_map():

@@ -19,6 +19,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LENGTHS = ["q_len", "kv_len"]  # not specialised on
 ROWS: gl.constexpr = gl.constexpr(64)  # of a product of one group of four warps
+# Triton 3.8 renamed it, 3.9 has no longer the old name.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 class Ring(NamedTuple):
@@ -45,7 +47,7 @@ def bring(ring, n, desc, b, h, start):
     place = n % STAGES
     mbarrier.wait(ring.empty.index(place), (n // STAGES & 1) ^ 1)
     mbarrier.expect(ring.ready.index(place), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [b, h, start, 0], ring.ready.index(place), ring.tiles.index(place))
+    load_tile(desc, [b, h, start, 0], ring.ready.index(place), ring.tiles.index(place))
 
 
 @gluon.jit
@@ -84,7 +86,7 @@ def bring_parts(parts, ready, desc, b, h, start):
     PARTS: gl.constexpr = parts.shape[0]
     mbarrier.expect(ready, PARTS * desc.block_type.nbytes)
     for part in gl.static_range(PARTS):
-        tma.async_copy_global_to_shared(desc, [b, h, start + ROWS * part, 0], ready, parts.index(part))
+        load_tile(desc, [b, h, start + ROWS * part, 0], ready, parts.index(part))
 
 
 @gluon.jit

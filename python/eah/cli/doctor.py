@@ -11,6 +11,7 @@ from torch.torch_version import TorchVersion
 from eah.cli.messages import one_line
 from eah.eval.words import why_no_nltk, why_no_spacy
 from eah_kernels import BACKENDS, __version__, eah_attention, gluon_kernels, native_parts
+from eah_kernels.backends import untested_triton
 from eah_kernels.testing import agrees
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pillow", "matplotlib", "nltk", "spacy")
@@ -18,8 +19,9 @@ OLDEST_TRANSFORMERS = "5.3"
 
 
 def doctor() -> dict:
-    """Versions of what EAH uses (None = not installed) and devices; why `eah.enable`, the word rules of `eah eval`,
-    a part of the native extension, or a backend on a device, does not work, or None; the Gluon kernels of a device."""
+    """Versions of what EAH uses (None = not installed), which of them were not tested, and devices; why `eah.enable`,
+    the word rules of `eah eval`, a part of the native extension, or a backend on a device, does not work, or None; the
+    Gluon kernels of a device."""
     named = [name for name in BACKENDS if name != "auto"]
     versions: dict[str, str | None] = {"eah-kernels": __version__, "python": platform.python_version()}
     versions |= {name: installed(name) for name in PACKAGES}
@@ -28,9 +30,11 @@ def doctor() -> dict:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    no_enable = why_no_enable()
     return {
         "versions": versions,
-        "enable": why_no_enable(),
+        "untested": untested(no_enable is None),
+        "enable": no_enable,
         "eval": {"nltk": why_no_nltk(), "spacy": why_no_spacy()},
         "native": native_parts(),
         "devices": devices,
@@ -42,6 +46,8 @@ def doctor() -> dict:
 def print_doctor(findings: dict) -> None:
     for name, version in findings["versions"].items():
         print(f"{name:14} {version or 'not installed'}")
+    for note in findings["untested"]:
+        print(note)
     print(f"\neah.enable     {works(findings['enable'])}")
     print("\nword rules of eah eval")
     for part, problem in findings["eval"].items():
@@ -61,6 +67,20 @@ def print_doctor(findings: dict) -> None:
 
 def works(problem: str | None, yes: str = "works") -> str:
     return yes if problem is None else f"no: {problem}"
+
+
+def untested(with_transformers: bool) -> list[str]:
+    """What is to be said of versions beyond those that were tested."""
+    notes = []
+    try:
+        notes.append(untested_triton())
+    except Exception as error:  # a broken installation raises what it likes
+        notes.append(f"triton cannot be imported: {one_line(error)}")
+    if with_transformers:
+        from eah.transformers.enable import untested_transformers
+
+        notes.append(untested_transformers())
+    return [note for note in notes if note]
 
 
 def installed(package: str) -> str | None:

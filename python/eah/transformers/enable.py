@@ -14,6 +14,7 @@ from eah.transformers.find import attention_modules, family_of, head_dims, image
 from eah.transformers.handle import Handle
 from eah.transformers.layer import History, Settings, SwappedLayer, Warned, register
 from eah.transformers.modes import MODES, NOTES
+from eah_kernels.backends import untested_triton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +86,8 @@ def enable(
     register()
     kept, warned = History(history) if history else None, Warned()
     swapped = tuple(SwappedLayer(module, settings, kept, warned) for module in modules)
-    notes = _notes(model, family, layers, tuple(layer.index for layer in swapped), decode)
+    on_triton = device.type == "cuda" and backend in ("auto", "triton")
+    notes = _notes(model, family, layers, tuple(layer.index for layer in swapped), decode, on_triton)
     hook = EnabledModel(model, differs, token_ids, swapped, notes)
     hook.attach()
     return Handle(hook)
@@ -108,15 +110,21 @@ def check_pretrained(model: object) -> None:
         )
 
 
-def _notes(model, family: Works | None, asked: tuple, used: tuple, decode: str) -> tuple[str, ...]:
+def untested_transformers() -> str | None:
+    """What is to be said of the transformers that is installed, None if it is no newer than what was tested."""
     import transformers
 
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) <= NEWEST_TESTED:
+        return None
+    newest = ".".join(map(str, NEWEST_TESTED))
+    return f"untested with transformers {transformers.__version__}: the newest version tested is {newest}"
+
+
+def _notes(model, family: Works | None, asked: tuple, used: tuple, decode: str, on_triton: bool) -> tuple[str, ...]:
     notes = list(NOTES[decode])
     if family is None:
         notes.append(f"{named(model)} is of no family that was tested (eah models): the general rule was applied")
     if used != asked:
         notes.append(f"layer {asked[0]} has no attention map: layer {used[0]}, the first usable one, was taken")
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) > NEWEST_TESTED:
-        newest = ".".join(map(str, NEWEST_TESTED))
-        notes.append(f"untested with transformers {transformers.__version__}: the newest version tested is {newest}")
-    return tuple(notes)
+    versions = untested_transformers(), untested_triton() if on_triton else None
+    return *notes, *filter(None, versions)
