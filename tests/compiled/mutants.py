@@ -38,8 +38,8 @@ import torch
 from .emulator import CAME, GUARD_FALSE, GUARD_TRUE, SENSITIVE, TOOK_FIRST, TOOK_SECOND, Executable
 from .lowering import Program
 from .nothing import BARRIERS, Flow, always, either_way, guards, redundant, uses
-from .problems import SEEDS, Replay, by_build, cuda_launches, launches
 from .ptx import Kernel, Statement
+from .replays import SEEDS, Replay, by_build, cuda_launches, launches
 
 LIST = Path(__file__).parent / "equivalent.txt"
 OUTCOMES = ("noticed", "missed", "unfelt", "equivalent", "untried")

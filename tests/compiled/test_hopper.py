@@ -17,7 +17,7 @@ from eah_kernels.triton.tiles import FAST, FAST_MASKED
 from ..support.cases import Case, assert_close, assert_statistics_close, check, exact, make, run
 from .emulator import Executable
 from .lowering import Program
-from .problems import Replay, spaced
+from .replays import Replay, spaced
 from .triton_launch import TensorMap, compiled
 
 HALF, BRAIN = torch.float16, torch.bfloat16

@@ -8,7 +8,7 @@ from ..support.cases import Case, exact, make, run
 from . import mutants, ptx
 from .emulator import Executable
 from .nothing import Flow, redundant
-from .problems import Replay, spaced
+from .replays import Replay, spaced
 from .triton_launch import compiled
 
 SEED = int(os.environ.get("SEED", "0"))
