@@ -6,31 +6,23 @@ import torch
 from torch import Tensor
 
 from eah.cli.doctor import why_no_enable
+from eah.pictures import read_picture
 
 IMAGE_SIZE, PATCH = 336, 14  # LLaVA-1.5's: 576 image tokens
 
 
 def load_picture(image_file: str | None):
-    """A PIL image in RGB, and its name."""
-    try:
-        from PIL import Image, ImageOps
-    except ModuleNotFoundError as missing:
-        raise ImportError("reading a picture needs Pillow: pip install pillow") from missing
+    """A PIL image in RGB, upright, and its name; None: matplotlib's photograph."""
     if image_file is not None:
-        try:
-            return ImageOps.exif_transpose(Image.open(image_file)).convert("RGB"), image_file
-        except FileNotFoundError as missing:
-            raise ValueError(f"there is no picture {image_file}") from missing
-        except OSError as error:
-            raise ValueError(f"{image_file} is no picture that can be read: {error}") from error
+        return read_picture(image_file, upright=True), image_file
     try:
         from matplotlib.cbook import get_sample_data
     except ModuleNotFoundError as missing:
         raise ImportError(
             "the demo's picture comes with matplotlib: pip install matplotlib, or name another picture with --image"
         ) from missing
-    with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as picture:
-        return picture.convert("RGB"), "grace_hopper.jpg (from matplotlib)"
+    photograph = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    return read_picture(photograph, upright=True), "grace_hopper.jpg (from matplotlib)"
 
 
 def small_llava():

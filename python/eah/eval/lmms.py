@@ -15,6 +15,7 @@ from lmms_eval.api.model import lmms
 from eah.eval.benchmark import Item
 from eah.eval.generation import answer_batch, check_changes, generating_by, neutral_config
 from eah.eval.variants import Variant
+from eah.pictures import in_rgb
 from eah.transformers.inputs import Prompts, check_form
 from eah.transformers.pretrained import device_of, load_pretrained
 
@@ -90,7 +91,7 @@ class EahHf(lmms):
                     f"eah_hf answers questions about one picture; task {task!r}, document {doc} has {visuals}"
                 )
             items.append(Item(number, "", context.replace(IMAGE, "").strip()))
-            pictures.append(visuals[0].convert("RGB"))
+            pictures.append(in_rgb(visuals[0]))
         return answer_batch(self._model, self._prompts, config, self._variant, items, pictures)
 
     def _config(self, wanted: dict):

@@ -14,6 +14,7 @@ from eah.eval.files import read_json
 from eah.eval.generation import answer_batch, generating_by, seed_batch
 from eah.eval.journal import Journal
 from eah.eval.variants import BASE, Variant
+from eah.pictures import read_picture
 from eah.transformers.inputs import Prompts
 
 VERSIONS = ("eah-kernels", "torch", "transformers", "triton", "numpy", "pillow", "nltk", "spacy")
@@ -83,16 +84,6 @@ def check_pictures(folder: str, todo: list[Task]) -> None:
             raise ValueError(f"there is no picture {Path(folder) / image}")
 
 
-def read_picture(path: Path):
-    """In RGB, as the official scripts read them: an orientation in the file is not applied."""
-    from PIL import Image
-
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} is no picture that can be read: {error}") from error
-
-
 def check_variants(model, todo: list[Task]) -> None:
     """Raises what `eah.enable` raises for the first variant that the model does not take."""
     for variant in {task.name: task.variant for task in todo}.values():
@@ -129,7 +120,8 @@ def answer(model, prompts: Prompts, config, todo: list[Task], images: str, batch
             for number, items in task.batches(batch_size):
                 if all(item.id in journal.records for item in items):
                     continue
-                pictures = [read_picture(Path(images) / item.image) for item in items]
+                # As the official scripts read them: an orientation in the file is not applied.
+                pictures = [read_picture(Path(images) / item.image, upright=False) for item in items]
                 seed_batch(task.seed, number)
                 records = answer_batch(model, prompts, config, task.variant, items, pictures)
                 new = [record for record in records if record["id"] not in journal.records]

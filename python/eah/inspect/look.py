@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eah.inspect.maps import averaged_map
 from eah.patches import Grid, grids
+from eah.pictures import in_rgb
 from eah.transformers.enable import check_pretrained
 from eah.transformers.inputs import prepare
 from eah.transformers.observe import Seen, observed
@@ -188,7 +189,7 @@ def upright(image):
         raise ImportError("looking at a picture needs Pillow: pip install pillow") from missing
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return in_rgb(ImageOps.exif_transpose(image))
 
 
 def check_threshold(threshold: object) -> None:
