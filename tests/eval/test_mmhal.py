@@ -68,8 +68,16 @@ def test_the_response_file_of_some(mmhal):
 
 
 def test_a_judge_file_that_does_not_fit(tmp_path, mmhal):
-    with pytest.raises(ValueError, match="has 2 ratings, and the response template 9 answers"):
+    with pytest.raises(ValueError, match="has 2 ratings, and part all 9 answers"):
         read_answers(judged(tmp_path / "j.json", ["", ""]), mmhal, "all")
+    mmhal.parts = {"1": mmhal.parts["all"][:2], "2": mmhal.parts["all"][2:4]}  # --limit 2 --subsets 2
+    pairs = read_answers(judged(tmp_path / "j.json", ["rating: 3", ""]), mmhal, "2")
+    assert [(item.id, answer.text) for item, answer in pairs] == [(2, "rating: 3"), (3, "")]
+    with pytest.raises(ValueError, match="has 3 ratings, and part 2 2 answers"):
+        read_answers(judged(tmp_path / "j.json", [""] * 3), mmhal, "2")
+
+
+def test_a_record_that_holds_no_rating(tmp_path, mmhal):
     (tmp_path / "k.json").write_text(json.dumps([{"choices": []}] * 9))
     with pytest.raises(ValueError, match=r"record 1 has no choices\[0\].message.content"):
         read_answers(str(tmp_path / "k.json"), mmhal, "all")

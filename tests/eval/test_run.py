@@ -130,11 +130,17 @@ TORN = {
 }
 
 
+def begun_as(other, out):
+    """A folder that was begun with the settings of another; its folder of answers, which is empty."""
+    (out / "answers").mkdir(parents=True)
+    (out / "run.json").write_bytes((other / "run.json").read_bytes())
+    return out / "answers"
+
+
 @pytest.mark.parametrize("how", TORN)
 def test_what_is_torn_is_made_again_and_nothing_else(saved_model, finished, tmp_path, capsys, how):
     one = ("--batch-size", 4, "--no-base")
-    path = tmp_path / "out/answers/eah-l1-t0.002.random.jsonl"
-    path.parent.mkdir(parents=True)
+    path = begun_as(finished, tmp_path / "out") / "eah-l1-t0.002.random.jsonl"
     whole = answers(finished)["eah-l1-t0.002.random.jsonl"]
     path.write_bytes(TORN[how](whole))
     status, _, err = run(capsys, saved_model, tmp_path / "out", *one)
@@ -151,8 +157,7 @@ def test_sampling_resumed_equals_sampling_at_one_go(saved_model, tmp_path, capsy
     whole = answers(tmp_path / "a")
     assert set(whole) == {"eah-l1-t0.002.random-seed0.jsonl", "eah-l1-t0.002.random-seed1.jsonl"}
     assert len(set(whole.values())) == 2
-    path = tmp_path / "b/answers/eah-l1-t0.002.random-seed0.jsonl"
-    path.parent.mkdir(parents=True)
+    path = begun_as(tmp_path / "a", tmp_path / "b") / "eah-l1-t0.002.random-seed0.jsonl"
     path.write_bytes(b"".join(whole[path.name].splitlines(keepends=True)[:6]))
     assert run(capsys, saved_model, tmp_path / "b", *how)[0] == 0
     assert answers(tmp_path / "b") == whole
@@ -223,6 +228,15 @@ def test_other_settings_are_refused_by_name_before_the_weights_are_read(saved_mo
         status, _, err = run(capsys, saved_model, finished, *SWEEP, *more)
         assert status == 1 and named in err
     assert answers(finished) == before
+
+
+def test_answers_of_which_nothing_says_how_they_were_made(saved_model, finished, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(finished / "answers", tmp_path / "out/answers")
+    status, out, err = run(capsys, saved_model, tmp_path / "out", *SWEEP)
+    assert status == 1 and out == "" and err.count("\n") == 1
+    assert f"{tmp_path / 'out'} has answers, and no run.json that says how they were made" in err
 
 
 def test_settings_without_an_answer_bind_nothing(saved_model, tmp_path, capsys):
@@ -316,6 +330,9 @@ def test_our_answers_can_be_scored_again(saved_model, finished, tmp_path, capsys
         (["--layers", "9"], "layers must be within 0..2"),
         (["--backend", "fast"], "backend must be"),
         (["--seeds", "1", "1"], "--seeds must be distinct"),
+        (["--seed", "1"], "--seed 1 is of the choice of --limit images"),
+        (["--out", __file__], "--out must be a folder, and"),
+        (["--out", f"{__file__}/below"], "--out must be a folder, and"),
         (["--seeds", "0", "1"], "--seeds 0 1 are of sampling: --generation do_sample=true"),
         (["--images", "nowhere"], "there is no picture nowhere"),
         (["--data", "nowhere"], "there is no file nowhere"),
@@ -386,3 +403,9 @@ def test_mmhal_responses(saved_model, tmp_path, capsys):
     assert status == 0 and "have a judge rate it" in out, err
     responses = json.loads((tmp_path / "out/responses/eah-l1-t0.002.all.json").read_text())
     assert [list(response) for response in responses] == [["image_src", "question", "gt_answer", "model_answer"]] * 2
+    parts = ("--limit", 1, "--subsets", 2, "--json")
+    status, out, err = run(capsys, saved_model, tmp_path / "parts", *more, *parts, bench="mmhal")
+    assert status == 0, err
+    kept = json.loads(out)["responses"]
+    assert [(one["variant"], one["part"]) for one in kept] == [("eah-l1-t0.002", "1"), ("eah-l1-t0.002", "2")]
+    assert all(len(json.loads(Path(one["path"]).read_text())) == 1 for one in kept)

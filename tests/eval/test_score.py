@@ -181,6 +181,8 @@ def test_a_list_of_images_and_a_limit(scored, capsys, tmp_path):
         (["--answers", "a:random=nowhere"], "there is no file nowhere"),
         (["--words", "builtin"], "--words has no meaning for pope"),
         (["--subsets", "2"], "--subsets 2 needs --limit"),
+        (["--seed", "3"], "--seed 3 is of the choice of --limit images, and there is no --limit"),
+        (["--out", __file__], f"--out must be a folder, and {__file__} is a file"),
         (["--limit", "5", "--subsets", "2"], "--limit 5 x --subsets 2 are 10 images, and there are 8"),
         (["--data", "nowhere.json"], "there is no file nowhere.json"),
     ],
@@ -268,6 +270,7 @@ def test_names_of_variants():
     assert Variant((0, 1), 1e-5, 0.15, "track", "torch").name == "eah-l0+1-t1e-05-d0.15-track-torch"
     assert family_and_threshold("eah-l0+1-t1e-05-d0.15-track-torch") == ("layers 0+1-d0.15-track-torch", 1e-5)
     assert family_and_threshold("eah-l1-t0.002") == ("layers 1", 0.002)
-    assert family_and_threshold("base") is None
+    for other in ("base", "eah-l1-t0.002-2", "eah-l1-t.", "eah-l1-t0.002.1", "eah-l1-tinf"):
+        assert family_and_threshold(other) is None
     with pytest.raises(ValueError, match=r"eah-l1-t0.002 was asked for twice"):
         product([(1,)], [0.002, 0.0020000001], [0.0], ["off"], "auto")

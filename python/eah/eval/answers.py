@@ -17,7 +17,7 @@ def read_answers(path: str, benchmark: Benchmark, part: str) -> list[tuple[Item,
             an item without an answer where the benchmark wants all, another question.
     """
     if isinstance(benchmark, Mmhal):
-        return benchmark.read_judged(path)
+        return benchmark.read_judged(path, part)
     records, items = read_records(path), benchmark.parts[part]
     named = [keys for keys in benchmark.answer_keys if keys[0] in records[0]]
     keys = next((keys for keys in named if keys[1] in records[0]), named[0] if named else None)

@@ -54,7 +54,7 @@ def _add_data(parser) -> None:
     )
     parser.add_argument("--limit", type=_count, metavar="N", help="only N images")
     parser.add_argument("--subsets", type=_count, default=1, metavar="K", help="K disjoint subsets of --limit images")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the subsets (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the choice of --limit images (default: 0)")
     parser.add_argument("--image-list", metavar="FILE", help="only these images, one a line")
 
 
@@ -162,8 +162,10 @@ def selected(parts, arguments):
 
     if arguments.subsets > 1 and arguments.limit is None:
         raise ValueError(f"--subsets {arguments.subsets} needs --limit, the number of images of each")
+    if arguments.seed is not None and arguments.limit is None:
+        raise ValueError(f"--seed {arguments.seed} is of the choice of --limit images, and there is no --limit")
     parts = listed(parts, arguments.image_list) if arguments.image_list else parts
-    return sliced(parts, arguments.limit, arguments.subsets, arguments.seed)
+    return sliced(parts, arguments.limit, arguments.subsets, arguments.seed or 0)
 
 
 def finish(benchmark, answered, settings: dict, arguments) -> int:

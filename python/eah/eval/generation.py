@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,6 +27,7 @@ OWN = {  # of transformers' generation settings, those that are not for --genera
     "num_return_sequences": "a question has one answer",
     "return_dict_in_generate": "the answers alone are wanted",
     "stop_strings": "an answer ends at its end token or at the largest number of tokens",
+    "assistant_early_exit": "transformers cannot do it with a model of pictures",
     "dola_layers": "DoLa is code on the hub, and nothing is downloaded",
     "penalty_alpha": "contrastive search is code on the hub, and nothing is downloaded",
     "num_beam_groups": "group beam search is code on the hub, and nothing is downloaded",
@@ -51,6 +53,10 @@ def check_changes(changes: dict[str, Any]) -> None:
             raise ValueError(f"--generation {key} must be true, a number, a list or the like, got the text {value!r}")
         if key == "do_sample" and not isinstance(value, bool):
             raise ValueError(f"--generation do_sample must be true or false, got {value!r}")
+        if key == "num_beams" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"--generation num_beams must be an int >= 1, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--generation {key} must be finite, got {value!r}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn of is an error here
     try:

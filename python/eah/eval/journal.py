@@ -76,11 +76,14 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Holds the folder for this process, until the end of the `with` or of the process, however it ends.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or it is a file.
     """
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as file:
+        raise ValueError(f"--out must be a folder, and {folder} is a file or below one") from file
     with open(folder / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -58,11 +58,11 @@ class Mmhal(Benchmark):
         """The template's records of what was answered, with the answers, for the judge."""
         return [self.template[int(item.id)] | {"model_answer": answer.text} for item, answer in answers]
 
-    def read_judged(self, path: str) -> list[tuple[Item, Answer]]:
+    def read_judged(self, path: str, part: str) -> list[tuple[Item, Answer]]:
         """A judge's file: what the API gave for every answer, in order (`choices[0].message.content`)."""
-        records, items = read_records(path), self.parts["all"]
+        records, items = read_records(path), self.parts[part]
         if len(records) != len(items):
-            raise ValueError(f"{path} has {len(records)} ratings, and the response template {len(items)} answers")
+            raise ValueError(f"{path} has {len(records)} ratings, and part {part} {len(items)} answers")
         texts = [_said(record, path, number) for number, record in enumerate(records, 1)]
         return [(item, Answer(text)) for item, text in zip(items, texts, strict=True)]
 

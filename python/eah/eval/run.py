@@ -45,7 +45,9 @@ def tasks(variants: Mapping[str, Variant], base: bool, parts: Mapping[str, list[
 
 def check_settings(out: Path, settings: dict) -> None:
     """Refuses a folder that holds answers made with other settings, naming them; the settings may be some of them."""
-    if (out / "run.json").exists() and any(file.stat().st_size for file in (out / "answers").glob("*.jsonl")):
+    if any(file.stat().st_size for file in (out / "answers").glob("*.jsonl")):
+        if not (out / "run.json").exists():
+            raise ValueError(f"{out} has answers, and no run.json that says how they were made: name another --out")
         refuse_other_settings(out, settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def start(benchmark, scoring: dict, arguments) -> int:
         "candidates": len(images_of(candidates)),
         "limit": arguments.limit,
         "subsets": arguments.subsets,
-        "seed": arguments.seed,
+        "seed": arguments.seed or 0,
         "seeds": arguments.seeds,
         "prompt": arguments.prompt,
         "prompt_suffix": SUFFIXES.get(arguments.prompt_suffix, arguments.prompt_suffix),
@@ -87,7 +88,7 @@ def start(benchmark, scoring: dict, arguments) -> int:
             print(f"eah eval: annotated, but not in {arguments.images}: {left_out} images", file=sys.stderr)
         answered = answer(model, prompts, config, todo, arguments.images, arguments.batch_size, out)
         if isinstance(benchmark, Mmhal):
-            return hand_to_judge(benchmark, answered, out)
+            return hand_to_judge(benchmark, answered, out, arguments.json)
         return finish(benchmark, answered, scoring, arguments)
 
 
@@ -102,9 +103,14 @@ def pictured(benchmark, arguments):
     return parts
 
 
-def hand_to_judge(benchmark: Mmhal, answered, out: Path) -> int:
+def hand_to_judge(benchmark: Mmhal, answered, out: Path, as_json: bool) -> int:
+    written = []
     for (variant, part), pairs in answered.items():
         path = out / "responses" / f"{variant}.{part}.json"
         write_json(path, benchmark.responses(pairs))
-        print(f"{path}: have a judge rate it, then: eah eval score mmhal --answers {variant}=JUDGED ...")
+        written.append({"variant": variant, "part": part, "path": str(path)})
+        if not as_json:
+            print(f"{path}: have a judge rate it, then: eah eval score mmhal --answers {variant}:{part}=JUDGED ...")
+    if as_json:
+        print(json.dumps({"responses": written}, indent=2))
     return 0

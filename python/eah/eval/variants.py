@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 BASE = "base"
-NAME = re.compile(r"eah-l(?P<layers>\d+(?:\+\d+)*)-t(?P<threshold>[\d.e+-]+?)(?P<others>(?:-[a-z].*)?)")
+NAME = re.compile(r"eah-l(?P<layers>\d+(?:\+\d+)*)-t(?P<threshold>\d+(?:\.\d+)?(?:e[+-]\d+)?)(?P<others>(?:-[a-z].*)?)")
 
 
 @dataclass(frozen=True)
