@@ -29,6 +29,9 @@ SHOWS: tl.constexpr = tl.constexpr(1)  # a visible pair
 HIDES: tl.constexpr = tl.constexpr(2)  # a hidden pair
 BIASED: tl.constexpr = tl.constexpr(4)  # a visible pair to whose score the mask adds a value other than 0
 
+# What pack.py keeps per row or key is padded to a multiple of this and so of every tile: no bounds to test.
+PAD: tl.constexpr = tl.constexpr(128)
+
 
 class View(NamedTuple):
     """A tensor as a kernel sees it: its pointer and its strides in elements; a dimension that it lacks has stride 0."""
@@ -47,20 +50,25 @@ class Packed(NamedTuple):
     cells: Any = None  # View: what each cell holds
     seen: Any = None  # View: of each key, whether one of CELL rows sees it
     counts: Any = None  # View: of each key, how many of CELL rows count, see it and are not its own
-    before: Any = None  # View: of each key, how many a (B, Skv) mask shows before it
 
 
 class PackedMask(NamedTuple):
-    """What pack.py leaves of a mask. MB and MH are 1 where one mask serves all; rows and keys are padded."""
+    """What pack.py leaves of a 4-D mask. MB and MH are 1 where one mask serves all; rows and keys are padded."""
 
-    cells: Tensor  # (MB, MH, rows / CELL, keys / CELL) uint8, of SHOWS, HIDES, BIASED; of a (B, Skv) mask (B, 1, 1, ..)
-    column_cells: Tensor  # (MB, MH, keys / CELL, rows / CELL), for `sinks`; of a (B, Skv) mask the same as cells
-    words: Tensor | None = None  # (MB, MH, keys / 32, rows) int32
-    column_words: Tensor | None = None  # (MB, MH, rows / 32, keys)
-    seen: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, whether one of the CELL rows sees the key
-    column_counts: Tensor | None = None  # (MB, MH, rows / CELL, keys) uint8, how many count, see it and are not its own
-    before: Tensor | None = None  # (B, 1, 1, keys) int32, of a (B, Skv) mask: how many keys it shows before each
-    shown: Tensor | None = None  # (B, 1, 1, keys) uint8, of a (B, Skv) mask: whether it shows each
+    cells: Tensor  # (MB, MH, rows / CELL, keys / CELL) uint8, of SHOWS, HIDES, BIASED
+    column_cells: Tensor  # (MB, MH, keys / CELL, rows / CELL), for `sinks`
+    words: Tensor  # (MB, MH, keys / 32, rows) int32
+    column_words: Tensor  # (MB, MH, rows / 32, keys)
+    seen: Tensor  # (MB, MH, rows / CELL, keys) uint8, whether one of the CELL rows sees the key
+    column_counts: Tensor  # (MB, MH, rows / CELL, keys) uint8, how many count, see it and are not its own
+
+
+class KeyMask(NamedTuple):
+    """What pack.py writes of a batch row of a (B, Skv) mask, behind its line of 0 and -inf; pointers."""
+
+    before: Any  # int32 of each key: how many are shown before it
+    shown: Any  # a byte of each key: whether it is shown
+    cells: Any  # a byte of each CELL keys: SHOWS, HIDES
 
 
 class Tally(NamedTuple):

@@ -15,6 +15,7 @@ from eah_kernels.triton.bundles import (
     BOOL_MASK,
     KEY_MASK,
     NO_MASK,
+    PAD,
     Batch,
     Packed,
     PackedMask,
@@ -65,7 +66,7 @@ class Problem:
         self.query, self.key = narrow(query), narrow(key)
         self.target = target or device_target(query.device)
         self.mask, mask_form, hidden = kernel_mask(scoring.attention_mask, by_key)
-        self.packed: PackedMask | None = None  # pack.py fills it
+        self.packed: PackedMask | None = None  # of a 4-D mask; pack.py fills it
         (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, _) = query.shape, key.shape
         self.batch = Batch(batch) if longest is None else Batch(batch, cu_seqlens, 2 * q_len + 1)
         self.q_len, self.kv_len = q_len, kv_len = (q_len, kv_len) if longest is None else (longest, longest)
@@ -96,7 +97,7 @@ class Problem:
         )  # fmt: skip
 
     def packed_for_keys(self) -> Packed:
-        """The packed mask for a kernel that walks the keys of a row block; empty without a mask."""
+        """The packed mask for a kernel that walks the keys of a row block; empty without a 4-D mask."""
         packed = self.packed
         return Packed() if packed is None else _views(packed.words, packed.cells, packed.seen)
 
@@ -105,7 +106,7 @@ class Problem:
         packed = self.packed
         if packed is None:
             return Packed()
-        return _views(packed.column_words, packed.column_cells, None, packed.column_counts, packed.before)
+        return _views(packed.column_words, packed.column_cells, None, packed.column_counts)
 
     def tile(self, kernel: str, value_dim: int = 0) -> Tile:
         return find_tile(kernel, *self._row(value_dim))
@@ -182,13 +183,14 @@ def rules_for(
 def kernel_mask(mask: Tensor | None, by_key: bool = True) -> tuple[Tensor | None, int, float]:
     """The mask as the kernels read it, 4-D, its form, and the highest entry that hides a key.
 
-    by_key: of a (B, Skv) mask, room for what pack.py makes of it, lines of a length that is a multiple of 16.
+    by_key: of a (B, Skv) mask, room for what pack.py makes of it: of a batch row 4 bytes a key, and the KeyMask.
     """
     if mask is None:
         return None, NO_MASK.value, 0.0
     if mask.dim() == 2 and by_key:
         batch, kv_len = mask.shape
-        return mask.new_empty(batch, 1, 1, cdiv(kv_len, 16) * 16, dtype=torch.float32), KEY_MASK.value, -math.inf
+        line = (cdiv(kv_len, PAD.value) + 1) * PAD.value * 10 // 4
+        return mask.new_empty(batch, 1, 1, line, dtype=torch.float32), KEY_MASK.value, -math.inf
     if mask.dim() == 2:
         batch, kv_len = mask.shape
         mask = mask.as_strided((batch, 1, 1, kv_len), (mask.stride(0), 0, 0, mask.stride(1)))  # one line for all rows

@@ -44,9 +44,7 @@ def is_whole(start_m, start_n, sizes, R: tl.constexpr, BLOCK_M: tl.constexpr, BL
 
 
 @triton.jit
-def count_sinks(
-    mass, image, before, blocks, sizes, threshold, R: tl.constexpr, LINES: tl.constexpr, KEYS: tl.constexpr
-):
+def count_sinks(mass, image, mask, blocks, sizes, threshold, R: tl.constexpr, LINES: tl.constexpr, KEYS: tl.constexpr):
     """The sinks among KEYS keys, whose sums over the rows lie in `blocks` lines of mass."""
     line = tl.arange(0, LINES)[:, None]
     key = tl.arange(0, KEYS)
@@ -57,7 +55,7 @@ def count_sinks(
         other=0.0,
         cache_modifier=".cg",
     )
-    seeing = seeing_rows(key, sizes, before, R)
+    seeing = seeing_rows(key, sizes, mask, R)
     column_mean = tl.div_rn(tl.sum(sums, 0), tl.maximum(seeing, 1).to(tl.float32))
     is_image = tl.load(image + key, mask=inside, other=0) != 0
     return tl.sum((is_image & (column_mean > threshold)).to(tl.int32), 0)
@@ -65,7 +63,7 @@ def count_sinks(
 
 @triton.jit(do_not_specialize=["q_len", "window"])
 def _one_pass_kernel(
-    q, k, mask, packed, image, minus_lse, mass, tally, threshold, choice, batch, heads, q_len, window, scale,
+    q, k, mask, image, minus_lse, mass, tally, threshold, choice, batch, heads, q_len, window, scale,
     R: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """q_len rows and as many keys, KEYS at most. mass: a line for each block of rows. AHEAD: a tile of keys is loaded
@@ -75,7 +73,6 @@ def _one_pass_kernel(
     b = pid % batch
     h = pid // batch % heads
     start_m = (tl.num_programs(0) // (batch * heads) - 1 - pid // (batch * heads)) * BLOCK_M  # longest rows first
-    before = packed.before
     if cu_seqlens is not None:
         first_token, q_len = sequence_of(cu_seqlens, tokens, b, q_len)
         q, k, minus_lse = row_of(q, first_token), row_of(k, first_token), lse_of(minus_lse, b, first_token)
@@ -98,7 +95,7 @@ def _one_pass_kernel(
         return
     q, k, mass = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(mass, b, h)
     if R.MASK == KEY_MASK:
-        mask, before = head_of(mask, b, h), head_of(before, b, 0)
+        mask = head_of(mask, b, h)
 
     TILES: tl.constexpr = KEYS // BLOCK_N
     rows = load_operand(q, start_m, row < q_len, R)
@@ -162,7 +159,7 @@ def _one_pass_kernel(
         tl.store(tickets + h, 0)
         LINES: tl.constexpr = triton.next_power_of_2(KEYS // BLOCK_M)
         sinks = count_sinks(
-            mass, image, before, blocks, sizes, threshold, R, LINES, triton.next_power_of_2(KEYS)
+            mass, image, mask, blocks, sizes, threshold, R, LINES, triton.next_power_of_2(KEYS)
         )  # fmt: skip
         tl.store(tally.counts + b * heads + h, sinks)
         if comes_last(tickets + heads, heads):
@@ -197,7 +194,7 @@ def one_pass(problem: Problem, image, threshold, minus_lse, sink_counts, tickets
         batch * heads * (padded_length(problem.q_len) // tile.block_m),
         tile,
         arguments
-        | dict(packed=problem.packed_for_rows(), image=image, minus_lse=view_lines(minus_lse))
+        | dict(image=image, minus_lse=view_lines(minus_lse))
         | dict(mass=view(mass), tally=Tally(sink_counts, tickets), threshold=threshold, choice=choice, heads=heads)
         | dict(KEYS=keys, AHEAD=tile.num_stages > 1)
         | dict(batch=problem.batch),

@@ -4,7 +4,8 @@ From the cells the other kernels learn which key blocks they can leave out (all 
 (all visible); in the rest they read the bits, 32 pairs a word, and only where a visible pair adds a value other than 0
 the mask itself. Causality, window and bounds are in the bits; in the words for `sinks`, which lie along the rows, the
 rows that do not count and every row's own key are hidden too. All that is kept takes 2.3 bits an entry of the mask. A
-(B, Skv) mask gets no words: its cells are CELL keys, and the kernels read it by key.
+(B, Skv) mask gets no words: the kernels read it by key, and its cells are CELL keys. What is kept of a batch row of it
+is one line of memory: a kernel finds the parts from its length (loads.key_mask).
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eah_kernels.triton.bundles import BIASED, CELL, HIDES, SHOWS, Packed, PackedMask, Pairs, Scale, Sizes
+from eah_kernels.triton.bundles import BIASED, CELL, HIDES, PAD, SHOWS, Packed, PackedMask, Pairs, Scale, Sizes
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, mask_view, view
-from eah_kernels.triton.loads import at, head_of, mask_of, row_of
+from eah_kernels.triton.loads import at, head_of, key_mask, mask_of, row_of
 from eah_kernels.triton.scores import counting_rows, score_tile
 from eah_kernels.triton.tiles import Tile
 
-# What is kept per row or key is padded to a multiple of this and so of every tile: no bounds to test.
-PAD: tl.constexpr = tl.constexpr(128)
 TILE = Tile(0, 0, num_warps=4, num_stages=1)
 CHUNK: tl.constexpr = tl.constexpr(1024)
 
@@ -79,11 +78,11 @@ def _pack_kernel(mask, rows, columns, heads, row_cells, key_cells, q_len, kv_len
 
 
 @triton.jit(do_not_specialize=["stride", "kv_len"])
-def _pack_keys_kernel(shown_ptr, stride, mask, cells, before, shown_bytes, kv_len):
-    """shown_ptr: the (B, Skv) mask, a byte a key, its rows a stride apart. mask: 0 or -inf for each key."""
+def _pack_keys_kernel(shown_ptr, stride, mask, kv_len):
+    """shown_ptr: the (B, Skv) mask, a byte a key, its rows a stride apart. mask: what the other kernels read."""
     b = tl.program_id(0)
-    mask, cells, before = head_of(mask, b, 0), head_of(cells, b, 0), head_of(before, b, 0)
-    shown_bytes = head_of(shown_bytes, b, 0)
+    mask = head_of(mask, b, 0)
+    before_ptr, shown_bytes, cells_ptr = key_mask(mask, kv_len)
     shown_ptr = at(shown_ptr, b, stride)
     shown_before = 0
     for start in range(0, kv_len + 2 * PAD, CHUNK):
@@ -91,37 +90,33 @@ def _pack_keys_kernel(shown_ptr, stride, mask, cells, before, shown_bytes, kv_le
         inside = key < kv_len
         shown = tl.load(shown_ptr + key, mask=inside, other=0) != 0
         tl.store(mask.ptr + key, tl.where(shown, 0.0, float("-inf")), mask=inside)
-        tl.store(shown_bytes.ptr + key, shown, mask=key < tl.cdiv(kv_len, PAD) * PAD + PAD)
+        tl.store(shown_bytes + key, shown, mask=key < tl.cdiv(kv_len, PAD) * PAD + PAD)
         number = shown.to(tl.int32)
-        tl.store(before.ptr + key, shown_before + tl.cumsum(number, 0) - number, mask=key <= kv_len)
+        tl.store(before_ptr + key, shown_before + tl.cumsum(number, 0) - number, mask=key <= kv_len)
         shown_before += tl.sum(number, 0)
         shows = tl.max(tl.reshape(number, [CHUNK // CELL, CELL]), 1) * SHOWS
         hides = tl.max(tl.reshape((inside & (number == 0)).to(tl.int32), [CHUNK // CELL, CELL]), 1) * HIDES
         cell = start // CELL + tl.arange(0, CHUNK // CELL)
-        tl.store(cells.ptr + cell, shows | hides, mask=cell * CELL < kv_len)
+        tl.store(cells_ptr + cell, shows | hides, mask=cell * CELL < kv_len)
 
 
 def pack(problem: Problem, given: Tensor) -> Launch:
-    """Sets problem.packed and fills it, before `lse`, `sinks` and `attend` are made; of a (B, Skv) mask, `given`, it
-    fills problem.mask too."""
+    """Of a (B, Skv) mask, `given`, fills problem.mask. Of any other sets problem.packed and fills it, before `lse`,
+    `sinks` and `attend` are made."""
     mask = problem.mask
     assert mask is not None, "without a mask there is nothing to pack"
     q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
-    rows, keys = padded(q_len), padded(kv_len)
     batch, heads = mask.shape[:2]
+    if problem.rules.BY_KEY:
+        given = given if given.stride(1) == 1 else given.contiguous()
+        arguments = dict(shown_ptr=given.view(torch.uint8), stride=given.stride(0), mask=view(mask), kv_len=kv_len)
+        return Launch(_pack_keys_kernel, batch, TILE, arguments)
+    rows, keys = padded(q_len), padded(kv_len)
 
     def empty(*shape, dtype=torch.uint8):
         lines, length = shape  # strides that are multiples of 16 whatever the lengths: nothing compiles anew
         return mask.new_empty(batch, heads, lines, cdiv(length, 16) * 16, dtype=dtype)
 
-    if problem.rules.BY_KEY:
-        cells, before = empty(1, keys // CELL.value), empty(1, keys + 1, dtype=torch.int32)
-        shown = empty(1, keys + PAD.value)  # of the positions of a tile's rows, too, which begins anywhere
-        problem.packed = PackedMask(cells, cells, before=before, shown=shown)
-        given = given if given.stride(1) == 1 else given.contiguous()
-        arguments = dict(shown_ptr=given.view(torch.uint8), stride=given.stride(0), kv_len=kv_len)
-        arguments |= dict(mask=view(mask), cells=view(cells), before=view(before), shown_bytes=view(shown))
-        return Launch(_pack_keys_kernel, batch, TILE, arguments)
     row_cells, key_cells = rows // CELL.value, keys // CELL.value
     cells, column_cells = empty(row_cells, key_cells), empty(key_cells, row_cells)
     words, column_words = empty(keys // 32, rows, dtype=torch.int32), empty(rows // 32, keys, dtype=torch.int32)

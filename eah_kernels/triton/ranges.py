@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from eah_kernels.triton.bundles import BIASED, CELL, NO_MASK, SHOWS, Span
-from eah_kernels.triton.loads import at
+from eah_kernels.triton.loads import at, key_mask
 
 # The side of the whole blocks at which the split ones lie
 BEFORE: tl.constexpr = tl.constexpr(0)
@@ -126,11 +126,11 @@ def whole_or_none(span, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def seeing_rows(key, sizes, before, R: tl.constexpr):
+def seeing_rows(key, sizes, mask, R: tl.constexpr):
     """n_j of the keys: rows at positions since .. until - 1, without the own one, that count (spec, step 2).
 
-    Without a mask all count; with a (B, Skv) mask, those at real keys: `before` numbers the real keys before each. A
-    hidden key's number means nothing.
+    Without a mask all count; with a (B, Skv) mask, at this batch row, those at real keys. A hidden key's number means
+    nothing.
     """
     since = tl.full(key.shape, 0, tl.int32) + tl.maximum(sizes.kv_len - sizes.q_len, 0)
     until = tl.full(key.shape, 0, tl.int32) + sizes.kv_len
@@ -143,5 +143,6 @@ def seeing_rows(key, sizes, before, R: tl.constexpr):
     if R.MASK == NO_MASK:
         rows = until - since
     else:
-        rows = tl.load(before.ptr + until) - tl.load(before.ptr + since)
+        before = key_mask(mask, sizes.kv_len).before
+        rows = tl.load(before + until) - tl.load(before + since)
     return rows - own.to(tl.int32)

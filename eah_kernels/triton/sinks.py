@@ -8,9 +8,9 @@ head are added by integer atomics, so the counts are the same in every run; a ba
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import BIAS_MASK, CELL, KEY_MASK, NO_MASK, Choice, Pairs, Sizes, Tally
+from eah_kernels.triton.bundles import BIAS_MASK, CELL, NO_MASK, Choice, Pairs, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
-from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, mask_of, row_of
+from eah_kernels.triton.loads import at, cells_of, dot_rows, head_of, load_operand, mask_of, row_of
 from eah_kernels.triton.ranges import BEFORE, place, row_range, seeing_rows, walk
 from eah_kernels.triton.scores import add_entries, counting_rows, score_tile, shown_keys, unpack
 from eah_kernels.triton.sequences import lse_of, sequence_of
@@ -64,7 +64,7 @@ def _sinks_kernel(
     start_n = pid // (batch * heads) * BLOCK_N  # under a causal mask, longest columns first
     local_n = tl.arange(0, BLOCK_N)
     key = start_n + local_n
-    cells, words, counts_of, before = packed.cells, packed.words, packed.counts, packed.before
+    cells, words, counts_of = packed.cells, packed.words, packed.counts
     inside = key < kv_len
     image = at(image, b, kv_len) if cu_seqlens is None else image + first
     is_image = tl.load(image + key, mask=inside, other=0) != 0
@@ -74,9 +74,8 @@ def _sinks_kernel(
         return
     q, k, minus_lse = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(minus_lse, b, h)
     if R.MASK != NO_MASK:
-        mask, cells = mask_of(mask, b, h, R), head_of(cells, b, h)
-    if R.MASK == KEY_MASK:
-        before = head_of(before, b, 0)
+        mask = mask_of(mask, b, h, R)
+        cells = cells_of(cells, mask, b, h, kv_len, R)
     if not R.BY_KEY:
         words, counts_of = head_of(words, b, h), head_of(counts_of, b, h)
 
@@ -108,7 +107,7 @@ def _sinks_kernel(
                 score = tl.where(visible, score, float("-inf"))
             mass += tl.exp2(score)
     if R.BY_KEY:
-        seeing = seeing_rows(key, sizes, before, R)
+        seeing = seeing_rows(key, sizes, mask, R)
     else:
         seeing = tl.zeros([BLOCK_N], tl.int32)
         for cell in range(span.first // CELL, tl.cdiv(span.last, CELL), 16):

@@ -6,11 +6,12 @@ score is copied from register to register.
 
 from typing import Any, NamedTuple
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from eah_kernels.triton.bundles import Span, Tally, View
+from eah_kernels.triton.bundles import PAD, Span, Tally, View
 from eah_kernels.triton.hopper.ring import (
     LENGTHS,
     ROWS,
@@ -175,9 +176,12 @@ def _lse_kernel(
 
 def shown_keys(problem: Problem) -> list[View | None]:
     """Of a (B, Skv) mask, which keys it shows, what its cells hold, and how many it shows before each; or nothing."""
-    packed = problem.packed
-    parts = (None, None, None) if packed is None else (packed.shown, packed.cells, packed.before)
-    return [None if part is None else view(part) for part in parts]
+    mask = problem.mask
+    if mask is None:
+        return [None, None, None]
+    keys = (cdiv(problem.kv_len, PAD.value) + 1) * PAD.value  # as loads.key_mask finds them
+    shown = mask.view(torch.uint8)[..., 8 * keys :]
+    return [view(shown), view(shown[..., keys:]), view(mask.view(torch.int32)[..., keys:])]
 
 
 def lse(problem: Problem, tile: FastTile, out, *, image=None, tally: Tally | None = None, head=None) -> Launch:
