@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 
-def exact(query: Tensor) -> torch.autocast:
+def exact(query: Tensor) -> AbstractContextManager[object]:
     """Scores are float32 under autocast, too."""
-    return torch.autocast(query.device.type, enabled=False)
+    device = query.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def reference_dtype(query: Tensor) -> torch.dtype:

@@ -62,8 +62,12 @@ def plan_of(function: str, problem: Problem, value_dim: int, *tensors: Tensor | 
 def form(tensor: Tensor) -> tuple:
     """Of a tensor, what a build may depend on beside its shape: dtype, alignment, and of each stride whether it is 0
     or 1, divisible by 16, and how many bits it needs."""
-    strides = [n if n < 2 else 2 + (n % 16 == 0) + 2 * min(n >> 30, 2) for n in tensor.stride()]
-    return tensor.dtype, tensor.data_ptr() % 16 == 0, *strides
+    return tensor.dtype, tensor.data_ptr() % 16 == 0, _forms(tensor.stride())
+
+
+@lru_cache(1024)  # the layers of a model have the same strides
+def _forms(strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n if n < 2 else 2 + (n % 16 == 0) + 2 * min(n >> 30, 2) for n in strides)
 
 
 @lru_cache(PLANS)
