@@ -198,19 +198,29 @@ def _check_out(out: Tensor | None, query: Tensor, value: Tensor) -> None:
 
 def _check_apart(output: Tensor, **inputs: Tensor) -> None:
     """Where the op runs: under torch.compile a tensor has no address before."""
-    first, end = _memory(output)
     for name, tensor in inputs.items():
-        start, stop = _memory(tensor)
-        if first < stop and start < end:
+        if _overlap(output, tensor):
             raise ValueError(f"out must not overlap with {name} in memory")
 
 
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Addresses from a tensor's first entry to its last one's end."""
-    if tensor.numel() == 0:
-        return 0, 0
-    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype may share an entry, so far as their strides tell.
+
+    They share none where one ends before the other begins, nor where they take turns in memory, as the halves of a
+    fused tensor do: then they are apart already among the addresses within one step of a stride.
+    """
+    size = one.element_size()
+    distance = (other.data_ptr() - one.data_ptr()) // size
+    if one.numel() == 0 or other.numel() == 0 or not -_reach(other) < distance < _reach(one):
+        return False
+    steps = (step for step in one.stride() if step > 0)
+    return not any(_reach(one, step) <= distance % step <= step - _reach(other, step) for step in steps)
+
+
+def _reach(tensor: Tensor, step: int | None = None) -> int:
+    """Entries from a tensor's first to its last one's end; of the strides that are no multiples of `step`, if given."""
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
+    return 1 + sum(stride * (size - 1) for stride, size in strides if step is None or stride % step)
 
 
 def _refuse_grad(query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, backend: str) -> None:

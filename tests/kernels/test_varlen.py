@@ -189,6 +189,29 @@ def test_compiles_as_one_graph(backend, kernel_device):
         torch.testing.assert_close(a, b)
 
 
+def test_out_and_inputs_may_take_turns_in_memory():
+    """Halves of fused tensors: by entries, by heads, by tokens. Whoever takes an entry more overlaps."""
+    inputs = make([20, 30])
+    query = inputs[0]
+    want = eah_attention_varlen(*inputs, 30, backend="torch").output
+    fused = {
+        "entries": (torch.zeros(50, 4, 33), lambda t: (t[..., :16], t[..., 16:32], t[..., 15:31])),
+        "heads": (torch.zeros(50, 9, 16), lambda t: (t[:, :4], t[:, 4:8], t[:, 3:7])),
+        "tokens": (torch.zeros(101, 4, 16), lambda t: (t[:-1:2], t[1::2], t[2::2])),
+    }
+    for tensor, parts in fused.values():
+        first, second, third = parts(tensor)
+        for out, taken in (first, second), (second, first):
+            taken.copy_(query)
+            got = eah_attention_varlen(taken, *inputs[1:], 30, out=out, backend="torch").output
+            assert torch.equal(got, want) and torch.equal(taken, query)
+        third.copy_(query)
+        with pytest.raises(ValueError, match="out must not overlap with query"):
+            eah_attention_varlen(third, *inputs[1:], 30, out=first, backend="torch")
+    with pytest.raises(ValueError, match="out must not overlap with key"):
+        eah_attention_varlen(query, first[:, :2], *inputs[2:], 30, out=first, backend="torch")
+
+
 T, H, D = 5, 4, 8
 
 
