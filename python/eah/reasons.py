@@ -57,8 +57,13 @@ class Reason(Enum):
     # of a request in vLLM
     STREAMED = "a streamed session: its prompt grows while it is answered, and the head is chosen by all of it"
     PROMPT_EMBEDS = "the prompt holds embeddings in the place of token ids"
+    BEAM_SEARCH = (
+        "a step of beam search: vLLM asks for each token by a new prompt, which holds the answer so far and not the "
+        'request\'s "eah"'
+    )
     CUT = "the prompt was computed in several steps, and the head is chosen by all of it"
     FUSED_WRITE = "a fused kernel wrote the keys to the cache: they did not reach the layer's attention"
+    NOT_REACHED = "the layer's attention was computed past EAH: a fault of EAH with this vLLM, please report it"
     FAILED = "layer {}: {} was raised, see the log"
     MISREAD = 'the request\'s "eah" is neither "on" nor "off": the default was taken'
 

@@ -36,6 +36,7 @@ class Engine(NamedTuple):
     text: Mapping[str, Any] = MappingProxyType({})
     plugin: bool = True
     knobs: Mapping[str, Any] = MappingProxyType({})
+    beams: int = 0  # of a beam search for the first ask's prompt, in the end
 
 
 N3 = Ask("abIcdefgh", (0,), options={"n": 3, "temperature": 1.0, "seed": 5})
@@ -56,8 +57,10 @@ OUT = [ask._replace(eah="off", options={"logprobs": 1}) for ask in MIXED]
 ON = [ask._replace(eah="on") for ask in MIXED]
 LATER = [ask._replace(tokens=24) for ask in MIXED]
 ENGINES = {
-    "plain": Engine({}, [MIXED, TWICE, TWICE, [N3, LOGPROBS, STRUCTURED], [MIXED[0]._replace(eah="maybe")], OUT]),
-    "without": Engine({}, [OUT], plugin=False),
+    "plain": Engine(
+        {}, [MIXED, TWICE, TWICE, [N3, LOGPROBS, STRUCTURED], [MIXED[0]._replace(eah="maybe")], OUT], beams=2
+    ),
+    "without": Engine({}, [OUT], plugin=False, beams=2),
     "default off": Engine({}, [MIXED, ON], knobs={"default": "off", "layers": [0, 2], "broadcast_to": 2}),
     "crowded": Engine(CROWDED, [CROWD]),
     "priority": Engine(
@@ -148,9 +151,18 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     plugin = engine_args(**{"threshold": THRESHOLD, **engine.knobs}) if engine.plugin else {}
     llm = LLM(model=str(folder), **{**BASE, **MULTIMODAL, **engine.options}, **plugin)
     preempted = count_preemptions(llm)
-    batches = [answers(llm, batch, PROCESSORS[engine.family][4], folder) for batch in engine.batches]
+    placeholder = PROCESSORS[engine.family][4]
+    batches = [answers(llm, batch, placeholder, folder) for batch in engine.batches]
+    beams = searched(llm, prompt_of(engine.batches[0][0], placeholder), engine.beams) if engine.beams else None
     report = llm.collective_rpc("eah_report") if engine.plugin else None
-    return {"batches": batches, "report": report, "preempted": preempted}
+    return {"batches": batches, "beams": beams, "report": report, "preempted": preempted}
+
+
+def searched(llm, prompt: dict[str, Any], width: int) -> list[list[int]]:
+    from vllm.sampling_params import BeamSearchParams
+
+    (found,) = llm.beam_search([prompt], BeamSearchParams(beam_width=width, max_tokens=3, ignore_eos=True))
+    return [sequence.tokens for sequence in found.sequences]
 
 
 def count_preemptions(llm) -> list[str]:

@@ -106,6 +106,13 @@ def test_opting_out_equals_a_run_without_the_plugin(answered):
         assert mine["tokens"] == theirs["tokens"] and mine["logprobs"] == theirs["logprobs"] and mine["logprobs"][0]
 
 
+def test_beam_search_stands_aside(answered):
+    """It cannot say "off": its steps, of 1, 2 and 2 beams, are those of a run without the plugin."""
+    assert answered("plain")["beams"] == answered("without")["beams"]
+    reasons = answered("plain")["report"][0]["stood_aside"]
+    assert sum(count for why, count in reasons.items() if why.startswith("a step of beam search")) == 5
+
+
 def test_a_prompt_is_enhanced_again_after_it_was_preempted(answered):
     result = answered("crowded")
     preempted = {int(request.rsplit("-", 1)[0]) for request in result["preempted"]}

@@ -7,6 +7,8 @@ import pytest
 
 from eah.method import DEFAULT_LAYERS
 from eah.vllm.refusals import (
+    MODEL,
+    NEEDED,
     PLAIN_CACHES,
     check_budgets,
     check_engine,
@@ -29,7 +31,7 @@ def config(**changes):
             enable_dbo=False,
         ),
         "scheduler": dict(scheduler_cls=SCHEDULER),
-        "model": dict(is_multimodal_model=True, is_encoder_decoder=False, use_mla=False, is_mm_prefix_lm=False),
+        "model": {**dict.fromkeys(NEEDED, True), **dict.fromkeys(MODEL, False), "rswa_window": None},
         "cache": dict(cache_dtype="auto"),
     }
     top = dict(kv_transfer_config=None, ec_transfer_config=None, is_mm_encoder_only=False, use_v2_model_runner=False)
@@ -63,6 +65,9 @@ def test_what_is_accepted():
         ({"model__is_encoder_decoder": True}, ["encoder-decoder", "layer 1"]),
         ({"model__use_mla": True}, ["MLA", "layer 1"]),
         ({"model__is_mm_prefix_lm": True}, ["is_mm_prefix_lm", "layer 1"]),
+        ({"model__supports_multimodal_inputs": False}, ["--language-model-only", "--limit-mm-per-prompt", "layer 1"]),
+        ({"model__is_diffusion": True}, ["is_diffusion", "layer 1"]),
+        ({"model__rswa_window": 128}, ["rswa_window", "layer 1"]),
         ({"cache__cache_dtype": "fp8"}, ["KV cache is fp8", "--kv-cache-dtype", "layer 1"]),
     ],
     ids=str,
@@ -161,7 +166,8 @@ class Attention:
     head_size = head_size_v = 64
 
     def __init__(self, **changes):
-        self.impl = SimpleNamespace(alibi_slopes=changes.pop("alibi_slopes", None))
+        given = {name: changes.pop(name) for name in ("alibi_slopes", "chunk_lookback") if name in changes}
+        self.impl = SimpleNamespace(**given)
         self.__dict__.update(changes)
 
 
@@ -174,6 +180,7 @@ UNUSABLE = {
     "type encoder_only": Attention(attn_type="encoder_only"),
     "those of model.layers.0.attn": Attention(kv_sharing_target_layer_name="model.layers.0.attn"),
     "ALiBi": Attention(alibi_slopes=[0.5]),
+    "chunk_lookback": Attention(chunk_lookback=1),
     "sinks of its own": Attention(has_sink=True),
     "KV cache is fp8_e4m3": Attention(kv_cache_dtype="fp8_e4m3"),
     "head dim is 512": Attention(head_size=512),

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from eah import cli
 from eah.method import DEFAULT_LAYERS, DefaultLayers, Knobs
 from eah.vllm import engine_args, flags
-from eah.vllm.requests import asked, has_image, image_spans, why_aside
+from eah.vllm.requests import STREAMED, asked, has_image, image_spans, why_aside
 from eah.vllm.settings import Settings, checked_settings, engine_settings
 
 ROOT = Path(__file__).parents[2]
@@ -123,9 +124,10 @@ class Position:
 
 
 class Request:
-    def __init__(self, extra_args=None, modalities=("image",), prompt_embeds=None):
-        self.sampling_params = self
-        self.extra_args, self.prompt_embeds = extra_args, prompt_embeds
+    def __init__(self, extra_args=None, modalities=("image",), prompt_embeds=None, **params):
+        params = dict(max_tokens=16, detokenize=True, logprobs=None, logprob_token_ids=None) | params
+        self.sampling_params = SimpleNamespace(extra_args=extra_args, **params)
+        self.prompt_embeds = prompt_embeds
         self.mm_features = [self.feature(modality, n) for n, modality in enumerate(modalities)]
 
     def feature(self, modality, n):
@@ -150,7 +152,8 @@ class Request:
 def test_what_a_request_asks(extra_args, said, understood, default):
     settings = Settings(default=default)
     assert asked(Request(extra_args), settings) == (said or default, understood)
-    assert asked(None, settings) == (default, True)  # a pooling request
+    pooling = SimpleNamespace(sampling_params=None, pooling_params=SimpleNamespace(extra_kwargs=extra_args))
+    assert asked(pooling, settings) == (said or default, understood)
 
 
 def test_image_tokens_are_those_of_images_and_of_videos_if_asked():
@@ -164,4 +167,18 @@ def test_why_a_request_stands_aside():
     assert why_aside(Request(), Settings()) is None
     assert why_aside(Request(modalities=("audio",)), Settings()).name == "NO_IMAGE_TOKEN"
     assert why_aside(Request(prompt_embeds=1), Settings()).name == "PROMPT_EMBEDS"
-    assert why_aside(Request({"eah": "streamed"}), Settings()).name == "STREAMED"
+    assert why_aside(Request({"eah": STREAMED}), Settings()).name == "STREAMED"
+
+
+BEAM = dict(max_tokens=1, detokenize=False, logprobs=4)
+
+
+def test_a_step_of_beam_search_stands_aside():
+    """vLLM asks for each token of each beam by a prompt with the answer so far, and passes no "eah" on."""
+    assert why_aside(Request(**BEAM), Settings()).name == "BEAM_SEARCH"
+    listed = dict(logprobs=None, logprob_token_ids=[3])  # vLLM 0.33, of a beam search with allowed tokens
+    assert why_aside(Request(**BEAM | listed), Settings()).name == "BEAM_SEARCH"
+    assert why_aside(Request({"eah": "on"}, **BEAM), Settings()) is None
+    for other in dict(max_tokens=2), dict(detokenize=True), dict(logprobs=None):
+        assert why_aside(Request(**BEAM | other), Settings()) is None
+    assert why_aside(Request(modalities=(), **BEAM), Settings()).name == "NO_IMAGE_TOKEN"

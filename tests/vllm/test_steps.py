@@ -12,6 +12,7 @@ from eah.vllm.hold import HoldingLayer
 from eah.vllm.layer import PLAN, EnhancedLayer
 from eah.vllm.plan import OPTED_OUT, Plan, Prompt, no_plan, plan_step
 from eah.vllm.report import KEPT, Tally
+from eah.vllm.requests import STREAMED
 from eah.vllm.settings import Settings
 from eah_kernels import eah_attention
 
@@ -30,7 +31,7 @@ class Position:
 def request(length, *spans, eah=None, embeds=None):
     """A request of so many prompt tokens, its image tokens at (first, last)."""
     features = [SimpleNamespace(modality="image", mm_position=Position(span)) for span in spans]
-    params = SimpleNamespace(extra_args=None if eah is None else {"eah": eah})
+    params = SimpleNamespace(extra_args=None if eah is None else {"eah": eah}, max_tokens=16)
     return SimpleNamespace(num_prompt_tokens=length, mm_features=features, sampling_params=params, prompt_embeds=embeds)
 
 
@@ -61,7 +62,7 @@ def test_the_plan_of_a_mixed_step():
         ),
         SETTINGS,
     )
-    assert plan.others == {"r3": Reason.NO_IMAGE_TOKEN, "r5": OPTED_OUT} and plan.misread == ["r6"]
+    assert plan.others == {"r3": Reason.NO_IMAGE_TOKEN, "r5": OPTED_OUT} and plan.misread == {"r6": "maybe"}
     assert [run.prompts for run in plan.runs] == [
         [Prompt("r1", 10, 4), Prompt("r2", 12, 5)],
         [Prompt("r4", 8, 3)],
@@ -79,7 +80,7 @@ def test_the_plan_of_a_mixed_step():
         ((request(10, (2, 5)), 0, 7), Reason.CUT),
         ((request(10, (2, 5)), 4, 6), Reason.CUT),
         ((request(10, (2, 5), embeds=True), 0, 10), Reason.PROMPT_EMBEDS),
-        ((request(10, (2, 5), eah="streamed"), 0, 10), Reason.STREAMED),
+        ((request(10, (2, 5), eah=STREAMED), 0, 10), Reason.STREAMED),
         ((request(10), 6, 4), Reason.NO_IMAGE_TOKEN),
         ((request(10, (2, 5), eah="off"), 6, 4), OPTED_OUT),
         ((request(10), 0, 4), None),  # it ends in a later step, and is counted there
@@ -164,7 +165,7 @@ def test_a_step_of_prompts_alone_leaves_the_original_out():
 def test_without_a_plan_the_original_runs():
     _, layer = enhanced_layer(Tally(None))
     query, key, value, output = tensors(4)
-    for plan in (None, SimpleNamespace(), metadata(Plan([], {"r0": OPTED_OUT}, [], []))):
+    for plan in (None, SimpleNamespace(), metadata(Plan([], {"r0": OPTED_OUT}, {}, []))):
         assert layer.impl.forward(layer, query, key, value, None, plan, output=output) is output
     assert layer.impl.runs == 3
 
@@ -227,10 +228,33 @@ def test_a_prompt_is_counted_once_until_it_is_finished():
     assert report["last"][4]["head"] is None and report["last"][0]["sinks"] == [0] * HEADS
 
 
-def test_a_request_that_was_misread_is_counted_beside_its_outcome():
+def test_a_prompt_that_did_not_reach_every_layer_is_told(caplog):
+    """Where vLLM computes a layer past EAH (a replayed graph, a seam that moved), nothing may look enhanced."""
+    outcomes = []
+    tally = Tally(outcomes.append, layers=2)
+    plan = plan_step(*step((request(6, (1, 3)), 0, 6), (request(6, (1, 3)), 0, 6)), SETTINGS)
+    prompts = plan.runs[0].prompts
+    for layer, reached in (0, prompts), (1, prompts[:1]):
+        heads = torch.zeros(len(reached), dtype=torch.int32)
+        tally.acted(reached, layer, heads, torch.zeros(len(reached), HEADS, dtype=torch.int32))
+    tally.end_step(plan, due=["r0", "r1"])
+    tally.end_step(no_plan(), due=["r2"])  # never planned
+    tally.end_step(Plan([], {"r3": Reason.CUT, "r4": OPTED_OUT}, {}, []), due=["r3"])
+    assert sorted(outcomes) == ["enhanced", "opted_out", *["stood_aside"] * 3]
+    report = tally.report()
+    assert report["stood_aside"] == {Reason.NOT_REACHED.value: 2, Reason.CUT.value: 1}
+    assert {record["request_id"] for record in report["last"]} == {"r0"}
+    (line,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert line.getMessage() == f"eah: request r1: {Reason.NOT_REACHED.value}"
+
+
+def test_a_request_that_was_misread_is_counted_beside_its_outcome(caplog):
     tally = Tally(lambda outcome: None)
     for _ in range(2):
-        tally.end_step(Plan([], {"a": Reason.NO_IMAGE_TOKEN}, ["a"], []))
+        tally.end_step(Plan([], {"a": Reason.NO_IMAGE_TOKEN}, {"a": ["off"] * 99}, []))
+    (line,) = caplog.records
+    assert line.getMessage().startswith('eah: request a: "eah" must be "on" or "off", got [\'off\', ')
+    assert len(line.getMessage()) < 150
     assert tally.report()["stood_aside"] == {Reason.NO_IMAGE_TOKEN.value: 1, Reason.MISREAD.value: 1}
 
 
@@ -263,7 +287,7 @@ def test_a_line_is_logged_at_most_every_ten_seconds(monkeypatch, caplog):
         for number in range(25):
             act(tally, [str(number)])
             now[0] += 1
-        tally.end_step(Plan([], {"x": OPTED_OUT, "y": Reason.CUT}, [], []))
+        tally.end_step(Plan([], {"x": OPTED_OUT, "y": Reason.CUT}, {}, []))
         for _ in range(30):
             now[0] += 1
             tally.end_step(no_plan())

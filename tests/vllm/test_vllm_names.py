@@ -1,11 +1,14 @@
 """The refusals on vLLM's own configurations: the names that they read are there. No engine is started."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from eah.vllm import engine_args
 from eah.vllm.refusals import check_engine
+from eah.vllm.requests import STREAMED, asked
+from eah.vllm.settings import Settings
 
 from .engine import ENVIRONMENT
 
@@ -39,6 +42,7 @@ def test_an_engine_with_both_classes_is_accepted(configuration):
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
         ({"kv_cache_dtype": "fp8"}, "KV cache is fp8"),
         ({"mm_encoder_only": True}, "--mm-encoder-only"),
+        ({"limit_mm_per_prompt": {"image": 0, "video": 0}}, "--limit-mm-per-prompt"),
     ],
     ids=str,
 )
@@ -46,6 +50,25 @@ def test_an_engine_is_refused(configuration, options, message):
     with pytest.raises(ValueError, match=r"^eah: ") as told:
         check_engine(configuration(**options), (1,))
     assert message in str(told.value)
+
+
+def test_every_chunk_of_a_streamed_session_stands_aside(monkeypatch):
+    """A session takes each chunk's parameters: a later one must not be enhanced in blocks that others may read."""
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from eah.vllm import Scheduler
+
+    scheduler, taken = Scheduler.__new__(Scheduler), []
+    scheduler._eah_settings, scheduler.requests = Settings(), {}
+    monkeypatch.setattr(AsyncScheduler, "add_request", lambda self, request: taken.append(request))
+    given = SamplingParams(extra_args={"eah": "on", "other": 1})
+    for _ in range(2):
+        chunk = SimpleNamespace(request_id="a", resumable=True, sampling_params=given, mm_features=[])
+        scheduler.add_request(chunk)
+        scheduler.requests["a"] = chunk
+    assert [asked(chunk, Settings()) for chunk in taken] == [(STREAMED, True)] * 2
+    assert taken[1].sampling_params.extra_args["other"] == 1 and given.extra_args["eah"] == "on"
 
 
 @pytest.mark.parametrize("name", ["Worker", "Scheduler"])

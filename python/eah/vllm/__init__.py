@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from eah.vllm.settings import engine_args, flags
+from eah.vllm.settings import TESTED, engine_args, flags
 
 if TYPE_CHECKING:
     from eah.vllm.scheduler import Scheduler
@@ -38,4 +38,4 @@ if not TYPE_CHECKING:
         except ImportError as error:
             if error.name is None or error.name.split(".")[0] != "vllm":
                 raise
-            raise ValueError(f"eah: this vLLM has other names than 0.32, which is tested: {error}") from error
+            raise ValueError(f"eah: this vLLM has other names than {TESTED}, which is tested: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eah.reasons import Reason, Why
-from eah.vllm.requests import asked, image_spans, why_aside
+from eah.vllm.requests import asked, image_spans, options, why_aside
 from eah.vllm.settings import Settings
 
 OPTED_OUT = "opted_out"
@@ -40,18 +40,18 @@ class Run(NamedTuple):
 class Plan(NamedTuple):
     """One step: the prompts that are enhanced, and what became of the others that end in it.
 
-    `others`: request -> OPTED_OUT or why it stands aside. `misread`: requests whose "eah" says neither on nor off.
+    `others`: request -> OPTED_OUT or why it stands aside. `misread`: request -> its "eah" that says neither on nor off.
     `spans`, with decode="hold": requests that hold a head or choose one now, each with all its rows of the batch.
     """
 
     runs: list[Run]
     others: dict[str, str | Why]
-    misread: list[str]
+    misread: dict[str, Any]
     spans: list[tuple[str, slice]]
 
 
 def no_plan() -> Plan:
-    return Plan([], {}, [], [])
+    return Plan([], {}, {}, [])
 
 
 def plan_step(
@@ -71,14 +71,14 @@ def plan_step(
         request_id = batch.req_ids[row]
         state, first, computed = runner.requests[request_id], int(starts[row]), int(batch.num_computed_tokens_cpu[row])
         rows, length = scheduled[request_id], state.num_prompt_tokens
-        said, understood = asked(state.sampling_params, settings)
+        said, understood = asked(state, settings)
         why = OPTED_OUT if said == "off" else why_aside(state, settings)
         if why is None and (computed > 0 or rows < length):
             why = Reason.CUT
         elif why is not None and computed + rows < length:
             continue  # the prompt ends in a later step
         if not understood:
-            plan.misread.append(request_id)
+            plan.misread[request_id] = options(state)["eah"]
         if why is not None:
             plan.others[request_id] = why
             continue

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from eah.method import DefaultLayers
-from eah.vllm.settings import SCHEDULER, WORKER
+from eah.vllm.settings import SCHEDULER, TESTED, WORKER
 from eah_kernels import MAX_HEAD_DIM
 
 PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32", "half", "float")
@@ -31,7 +31,7 @@ def name_of(owner: Any, name: str) -> Any:
     value = getattr(owner, name, missing)
     if value is missing:
         kind = owner if inspect.isclass(owner) or inspect.ismodule(owner) else type(owner)
-        refuse(f"this vLLM has no {name} on {kind.__module__}.{kind.__name__}; tested is vLLM 0.32")
+        refuse(f"this vLLM has no {name} on {kind.__module__}.{kind.__name__}; tested is vLLM {TESTED}")
     return value
 
 
@@ -67,18 +67,24 @@ def _of_engine(config: Any, layers: tuple[int, ...]) -> Iterator[str]:
     if name_of(config, "is_mm_encoder_only"):
         yield "--mm-encoder-only: there is no decoder"
     where = f"layer {', '.join(map(str, layers))} cannot be enhanced"
-    for name, why in MODEL.items():
-        if name_of(model, name) == (name != "is_multimodal_model"):
-            yield f"{where}: {why} ({name})"
+    for wanted, names in (True, NEEDED), (False, MODEL):
+        for name, why in names.items():
+            if bool(name_of(model, name)) != wanted:
+                yield f"{where}: {why} ({name})"
     if name_of(cache, "cache_dtype") not in PLAIN_CACHES:
         yield f"{where}: its KV cache is {cache.cache_dtype} (--kv-cache-dtype); accepted are {', '.join(PLAIN_CACHES)}"
 
 
-MODEL = {
+NEEDED = {
     "is_multimodal_model": "the model is text-only",
+    "supports_multimodal_inputs": "no prompt may have an image, by --language-model-only or --limit-mm-per-prompt",
+}
+MODEL = {
     "is_encoder_decoder": "the model is an encoder-decoder",
     "use_mla": "multi-head latent attention (MLA) has no heads with keys of their own",
     "is_mm_prefix_lm": "image tokens see each other both ways",
+    "is_diffusion": "tokens are written in any order",
+    "rswa_window": "its sliding window leaves the prompt in sight",
 }
 
 
@@ -180,6 +186,8 @@ def why_not_layer(layer: Any) -> str | None:
         return f"KV sharing: it has no keys of its own but those of {layer.kv_sharing_target_layer_name}"
     if getattr(impl, "alibi_slopes", None) is not None:
         return "ALiBi adds a position bias"
+    if getattr(impl, "chunk_lookback", -1) > -1:
+        return "its rows see chunks of the keys (chunk_lookback)"
     if name_of(layer, "has_sink") or getattr(impl, "sinks", None) is not None:
         return "its attention has sinks of its own"
     if name_of(layer, "kv_cache_dtype") not in PLAIN_CACHES:

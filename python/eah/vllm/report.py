@@ -35,8 +35,12 @@ class Tally:
     are read at once.
     """
 
-    def __init__(self, count: Callable[[str], None] | None):
-        self.count = count  # is told each outcome; None: another process of the tensor-parallel group keeps the tally
+    def __init__(self, count: Callable[[str], None] | None, layers: int = 1):
+        """count: is told each outcome; None: another process of the tensor-parallel group keeps the tally.
+
+        layers: how many are enhanced.
+        """
+        self.count, self.layers = count, layers
         self.outcomes: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.last: deque[dict[str, Any]] = deque(maxlen=KEPT)
@@ -57,14 +61,22 @@ class Tally:
         self.aside(prompts, why)
         logger.exception("eah: %s", sentence(why))
 
-    def end_step(self, plan: Plan) -> None:
+    def end_step(self, plan: Plan, due: Iterable[str] = ()) -> None:
+        """`due`: requests that must be in the plan, for this step was to enhance them."""
         acted, others = self._acted, {**plan.others, **self._aside}
         self._acted, self._aside = [], {}
         if self.count is None:
             return
-        for request_id in plan.misread:
+        reached = Counter(prompt.request_id for part in acted for prompt in part.prompts)
+        planned = [prompt.request_id for run in plan.runs for prompt in run.prompts]
+        if missed := {one for one in (*due, *planned) if reached[one] < self.layers and one not in others}:
+            others |= dict.fromkeys(missed, Reason.NOT_REACHED)
+            if not self.reasons[sentence(Reason.NOT_REACHED)]:
+                logger.warning("eah: request %s: %s", min(missed), sentence(Reason.NOT_REACHED))
+        for request_id, said in plan.misread.items():
             if request_id not in self._counted:
                 self.reasons[sentence(Reason.MISREAD)] += 1
+                logger.warning('eah: request %s: "eah" must be "on" or "off", got %.80r', request_id, said)
         for request_id in self._new(others):
             why = others[request_id]
             self._count(OPTED_OUT if isinstance(why, str) else "stood_aside")

@@ -13,7 +13,7 @@ from weakref import WeakSet
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from eah.vllm.refusals import check_budgets, check_engine, name_of
-from eah.vllm.requests import STREAMED, asked, why_aside
+from eah.vllm.requests import STREAMED, enhances
 from eah.vllm.settings import engine_settings
 
 
@@ -30,17 +30,16 @@ class Scheduler(AsyncScheduler):
         self.kv_cache_manager.allocate_slots = self._allocate_whole
 
     def add_request(self, request) -> None:
+        if request.resumable and request.sampling_params is not None:  # of a later chunk the session takes them
+            request.sampling_params = copy(request.sampling_params)
+            request.sampling_params.extra_args = {**(request.sampling_params.extra_args or {}), "eah": STREAMED}
         if request.request_id not in self.requests:
             self._set_apart(request)
         super().add_request(request)
 
     def _set_apart(self, request) -> None:
         """A request that is enhanced gets blocks of its own: rows before the image change, too."""
-        settings = self._eah_settings
-        if request.resumable and request.sampling_params is not None:
-            request.sampling_params = copy(request.sampling_params)
-            request.sampling_params.extra_args = {**(request.sampling_params.extra_args or {}), "eah": STREAMED}
-        if asked(request.sampling_params, settings)[0] == "off" or why_aside(request, settings):
+        if not enhances(request, self._eah_settings):
             return
         self._eah_whole.add(request)
         request.skip_reading_prefix_cache = True

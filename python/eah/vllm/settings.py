@@ -11,6 +11,7 @@ import torch
 from eah.method import DEFAULT_LAYERS, Knobs, checked_layers
 from eah_kernels import BACKENDS
 
+TESTED = "0.32"  # the vLLM whose engines the tests start
 WORKER, SCHEDULER = "eah.vllm.Worker", "eah.vllm.Scheduler"
 ASKED = ("on", "off")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter
 from torch import Tensor
+from vllm import __version__
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -19,7 +20,8 @@ from eah.vllm.layer import PLAN, EnhancedLayer
 from eah.vllm.plan import Plan, no_plan, plan_step
 from eah.vllm.refusals import check_engine, check_graphs, check_sharing, name_of, refuse, usable_layers
 from eah.vllm.report import Tally, logger
-from eah.vllm.settings import engine_settings
+from eah.vllm.requests import enhances
+from eah.vllm.settings import TESTED, engine_settings
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as Base
@@ -52,6 +54,7 @@ class Worker(Base):
         self._eah_holding: list[HoldingLayer] = []  # with decode="hold"
         self._eah_scheduled: dict[str, int] = {}  # of the step that runs: request -> tokens
         self._eah_plan: Plan | None = None
+        self._eah_due: list[str] = []  # the requests that begin in the step that runs and are to be enhanced
 
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
@@ -62,7 +65,7 @@ class Worker(Base):
         block = None
         if group.world_size > 1:
             block = HeadBlock(group.device_group, group.rank_in_group, group.world_size)
-        self._eah_tally = Tally(count_prompt if group.rank_in_group == 0 else None)
+        self._eah_tally = Tally(count_prompt if group.rank_in_group == 0 else None, len(layers))
         for index, layer in layers.items():
             heads, dims = layer.num_heads * group.world_size, (layer.head_size, layer.head_size_v)
             try:
@@ -77,6 +80,8 @@ class Worker(Base):
             else:
                 EnhancedLayer(*hook)
         logger.info("eah: layers %s of %d, %s", list(layers), count, settings)
+        if not __version__.startswith(f"{TESTED}."):
+            logger.warning("eah: tested is vLLM %s, this is %s: see docs/vllm.md", TESTED, __version__)
 
     def _attention_layers(self) -> dict[int, list[Any]]:
         """The attention modules of the target model's decoder, neither a draft model's nor a vision tower's."""
@@ -119,16 +124,16 @@ class Worker(Base):
         for layer in self._eah_holding:
             layer.forget(scheduler_output.finished_req_ids)
         self._eah_scheduled, self._eah_plan = scheduler_output.num_scheduled_tokens, None
+        self._eah_due = [new.req_id for new in scheduler_output.scheduled_new_reqs if enhances(new, self._eah_settings)]
         try:
             return super().execute_model(scheduler_output)
         finally:
             self._end_step()
 
     def _end_step(self) -> None:
-        plan, self._eah_plan, self._eah_scheduled = self._eah_plan, None, {}
+        plan, self._eah_plan, self._eah_scheduled = self._eah_plan or no_plan(), None, {}
         try:
-            if plan is not None:
-                self._eah_tally.end_step(plan)
+            self._eah_tally.end_step(plan, self._eah_due)
         except Exception:  # it would end the engine
             logger.exception("eah: what became of this step's prompts was not counted")
 
