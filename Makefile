@@ -3,7 +3,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 INSTALLED := $(VENV)/.eah-kernels-installed
 
-.PHONY: demo eval-demo test-lmms test test-vllm vllm-env bench-vllm compiled seam wheels fuzz sanitize lint resources bench bench-device clean
+.PHONY: demo eval-demo test-lmms test test-vllm vllm-env bench-vllm compiled tritons seam wheels fuzz sanitize lint resources bench bench-device clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/eah demo --out build/demo
@@ -42,10 +42,17 @@ test: $(INSTALLED)
 
 # The PTX that Triton and nvcc compile, executed on the CPU: tests/compiled/README.md. ALL=1: every case; TRITON=3.6.0:
 # that version, laid over the environment; MUTANTS=all, or a number: then planted faults too.
-COMPILED = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(if $(TRITON),PYTHONPATH=$(VENV)/triton-$(TRITON))
+COMPILED = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(if $(TRITON),PYTHONPATH=$(abspath $(VENV)/triton-$(TRITON)))
 compiled: $(INSTALLED) $(if $(TRITON),$(VENV)/triton-$(TRITON)/installed)
 	$(COMPILED) ALL=$(ALL) $(VENV)/bin/python -m pytest $(PARALLEL) tests/compiled
 	$(if $(MUTANTS),$(COMPILED) $(VENV)/bin/python -m tests.compiled.mutants --sample $(MUTANTS:all=0))
+# A few of these on the oldest Triton that is allowed and on the newest one that was tested.
+tritons: triton-3.6.0 triton-3.9.0
+triton-%: $(VENV)/triton-%/installed
+	PYTHONPATH=$(abspath $(VENV)/triton-$*) $(VENV)/bin/python -c "import triton as t; assert t.__version__ == '$*', t"
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/triton-$*) \
+	    $(VENV)/bin/python -m pytest $(PARALLEL) -m tritons tests/compiled
+.SECONDARY: $(VENV)/triton-3.6.0/installed $(VENV)/triton-3.9.0/installed
 $(VENV)/triton-%/installed: $(INSTALLED)
 	rm -rf $(@D)
 	$(VENV)/bin/python -m pip install -q --no-deps --target $(@D) triton==$*

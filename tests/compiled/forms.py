@@ -18,7 +18,7 @@ FORMS = """
 MOV_B32 mov.{b16,u16,s16,b32,u32,s32,f32}      MOV_B64 mov.{b64,u64,s64} cvta.{to.global,param}.u64  MOV_PRED mov.pred
 CVT_S32_S8 cvt.s32.s8       CVT_S16_S8 cvt.s8.s32 cvt.s16.s8        CVT_U32_U8 cvt.{u32.u8,u16.u8,u8.u32}
 CVT_S32_S16 cvt.s32.s16     CVT_U32_U16 cvt.{u32.u16,u16.u32}       CVT_U64_U32 cvt.u64.u32
-CVT_S64_S32 cvt.s64.s32     CVT_U32_U64 cvt.u32.u64
+CVT_S64_S32 cvt.s64.s32     CVT_U32_U64 cvt.u32.u64     CVT_U16_U64 cvt.u16.u64
 CVT_F32_F16 cvt.f32.f16     CVT_F32_BF16 cvt.f32.bf16   CVT_F16_F32 cvt.rn.f16.f32      CVT_BF16_F32 cvt.rn.bf16.f32
 CVT_F16X2_F32 cvt.rn.f16x2.f32      CVT_BF16X2_F32 cvt.rn.bf16x2.f32    CVT_TF32_F32 cvt.rna.tf32.f32
 CVT_F32_S32 cvt.rn.f32.s32  CVT_F32_U32 cvt.rn.f32.u32  CVT_S32_F32 cvt.rzi.s32.f32
@@ -26,6 +26,7 @@ ADD_B16 add.{s16,u16}       ADD_B32 add.{s32,u32}       ADD_B64 add.{s64,u64}   
 SUB_B16 sub.{s16,u16}       SUB_B32 sub.{s32,u32}       SUB_B64 sub.{s64,u64}       SUB_F32 sub{,.rn}{,.ftz}.f32
 MUL_B16 mul.lo.{s16,u16}    MUL_B32 mul.lo.{s32,u32}    MUL_B64 mul.lo.{s64,u64}    MUL_F32 mul{,.rn}{,.ftz}.f32
 MUL_WIDE_S32 mul.wide.s32   MUL_WIDE_U32 mul.wide.u32   MUL_HI_S32 mul.hi.s32       MUL_HI_U32 mul.hi.u32
+MUL_HI_U64 mul.hi.u64
 MAD_B32 mad.lo.{s32,u32}    MAD_B64 mad.lo.{s64,u64}    MAD_WIDE_S32 mad.wide.s32   MAD_WIDE_U32 mad.wide.u32
 MUL_WIDE_U16 mul.wide.u16   MAD_WIDE_U16 mad.wide.u16
 FMA_F32 fma.rn{,.ftz}.f32   DIV_F32 div.{rn,full,approx}{,.ftz}.f32

@@ -153,8 +153,8 @@ class Program:
 
     def _lower(self, rows, statement: Statement) -> None:
         opcode, operands = statement.opcode, statement.operands
-        words = opcode.split(".")
-        if words[0] in ("ld", "st", "atom") and not opcode.startswith("st.async"):
+        words = opcode.replace("shared::cta", "shared").split(".")
+        if words[0] in ("ld", "st", "atom", "red") and not opcode.startswith("st.async"):
             self._lower_memory(rows, statement, words)
         elif opcode.startswith(("ldmatrix.sync.aligned.m8n8.", "stmatrix.sync.aligned.m8n8.")):
             self._lower_matrix(rows, statement, words)
@@ -222,6 +222,8 @@ class Program:
 
     def _lower_memory(self, rows, statement: Statement, words: list[str]) -> None:
         operands = statement.operands
+        if words[0] == "red":  # an atomic whose result nobody wants
+            words, operands = ["atom", *words[1:]], ("_", *operands)
         kind, space = words[0], next((w for w in words if w in ("shared", "param")), "global")
         count = next((int(w[1]) for w in words if w in ("v2", "v4")), 1)
         rest = set(words[1:-1]) - MEMORY_WORDS - {space, f"v{count}", "add"}

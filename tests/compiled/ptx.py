@@ -108,12 +108,13 @@ def _kernel(name: str, lines: list[str], at: int, files: dict[str, str], shared:
                         register = f"{register}@{at}"
                     registers[counted[1] if counted else register] = size
             label = re.match(r"([\w$]+):\s*", piece)
-            if label and piece[label.end() :].startswith(".branchtargets"):
-                end = next(i for i in range(at, len(lines)) if ";" in lines[i])
-                tables[label[1]] = re.findall(r"[\w$]+", " ".join(lines[at : end + 1]).split(".branchtargets")[1])
-                at = end
-                continue
             if label:
+                end = next((i for i in range(at, len(lines)) if ";" in lines[i]), at)
+                follows = " ".join([piece[label.end() :], *lines[at + 1 : end + 1]]).split()
+                if follows[:1] == [".branchtargets"]:
+                    tables[label[1]] = [target.strip(",;") for target in follows[1:]]
+                    at = end
+                    continue
                 if scopes:  # of an inline assembly: another label each time
                     scopes[-1][label[1]] = f"{label[1]}@{at}"
                 place = f"{label[1]}@{at}" if scopes else label[1]

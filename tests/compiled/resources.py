@@ -44,6 +44,7 @@ from typing import NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
@@ -274,7 +275,7 @@ def serialised(ptx: str) -> list[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [_path("ptxas"), "-v", "--gpu-name=sm_90a", file.name, "--output-file", os.devnull]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "--output-file", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [f"ptxas serialises wgmma: {note}" for note in sorted(set(re.findall(r"\(C75\d\d\)", done.stderr)))]
 

@@ -53,9 +53,13 @@ if ALL:
     DECODE += [(c, dtype) for c in test_decode_kernel.SHAPES + test_decode_kernel.MASKS for dtype in dtypes]
 
 
-def classes(cases):
+def classes(cases, tritons=()):
+    """tritons: the numbers of those that other versions of Triton compile, too."""
+    marks = [[pytest.mark.tritons] if at in tritons else [] for at in range(len(cases))]
     return pytest.mark.parametrize(
-        ("case", "dtype"), cases, ids=[f"{case}-{str(dtype).split('.')[1]}" for case, dtype in cases]
+        ("case", "dtype"),
+        [pytest.param(*case, marks=mark) for case, mark in zip(cases, marks, strict=True)],
+        ids=[f"{case}-{str(dtype).split('.')[1]}" for case, dtype in cases],
     )
 
 
@@ -64,7 +68,7 @@ def target(request):
     return request.param
 
 
-@classes(ATTENTION + LONG)
+@classes(ATTENTION + LONG, tritons=[0, 5])
 def test_attention(case, dtype, target):
     """The same bits in every order of blocks and warps, and what the reference says."""
     inputs = make(case, dtype)
@@ -80,7 +84,7 @@ def test_attention(case, dtype, target):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
-@classes(DECODE)
+@classes(DECODE, tritons=[1])
 def test_decode(case, dtype, target):
     with compiled(target, seed=3):
         test_decode_kernel.check(case, "triton", dtype, "cpu")

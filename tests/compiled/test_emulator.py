@@ -145,6 +145,26 @@ def test_order_between_blocks():
     wrong("global memory is written unordered", "mov.b32 %r4, 1;\nst.global.b32 [%rd2], %r2;", grid=2)
 
 
+def test_forms_of_triton_3_8_and_3_9():
+    body = """
+    cvt.u64.u32 %rd3, %r1;
+    shl.b64 %rd3, %rd3, 40;
+    mul.hi.u64 %rd4, %rd3, %rd3;
+    add.s64 %rd4, %rd4, 3;
+    cvt.u32.u64 %r4, %rd4;
+    cvt.u16.u64 %r5, %rd4;
+    shl.b32 %r6, %r1, 3;
+    st.shared::cta.v2.b32 [%r6], { %r4, %r5 };
+    ld.shared::cta.v2.b32 { %r7, %r8 }, [%r6];
+    sub.s32 %r7, %r7, %r8;
+    red.global.gpu.relaxed.add.u32 [%rd2], %r7;
+    red.global.gpu.relaxed.add.u32 [%rd1 + 4], %r8;
+    """
+    squares = [65536 * lane**2 for lane in range(64)]
+    squares[1] += 64 * 3
+    assert execute(body).tolist() == squares
+
+
 def test_lanes_part_and_meet():
     """Collatz steps of each lane's number: a loop of another length in each."""
     body = """

@@ -160,9 +160,10 @@ def test_barriers_of_some_warps():
                 execute(warps([job, "bar.sync 2, 96;"]), seed)
 
 
-def test_an_indirect_branch():
+@pytest.mark.parametrize("table", ["$L_brx_0: .branchtargets", "$L_brx_0:\n\t.branchtargets"])
+def test_an_indirect_branch(table):
     jobs = """
-	$L_brx_0: .branchtargets
+	TABLE
 		$first,
 		$third,
 		$third;
@@ -174,7 +175,7 @@ def test_an_indirect_branch():
 	$third:
 	mov.b32 %r9, 3;
 	$end:
-	"""
+	""".replace("TABLE", table)
     with pytest.raises(Fault, match=r"brx\.idx to label 3 of 3"):
         execute(warps([jobs, ""]), 0)
     execute(warps([jobs.replace("%r1, 3", "%r1, 1"), ""]), 0)

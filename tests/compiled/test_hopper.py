@@ -47,7 +47,7 @@ def short_rings(stages: int = 2):
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        (SMALL, BRAIN),
+        pytest.param(SMALL, BRAIN, marks=pytest.mark.tritons),
         (Case(q_len=200, kv_len=261, heads=4, kv_heads=2, dim=64, image="absent", layout="bhsd"), HALF),
         (Case(q_len=65, kv_len=70, heads=3, kv_heads=3, dim=128, image="absent"), HALF),
     ],
@@ -68,6 +68,7 @@ def test_right_in_every_order(case, dtype):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
+@pytest.mark.tritons
 def test_statistics_and_a_given_head():
     """Without a tally, with column means; the log-sum-exps of one head alone."""
     with compiled("sm_90", seed=2, gluon=True):

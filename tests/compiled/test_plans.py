@@ -255,6 +255,7 @@ def calls_of(function):
     return number
 
 
+@pytest.mark.tritons
 def test_the_second_time_triton_binds_nothing(gpu):
     prompt(100)
     step(100)
@@ -278,6 +279,7 @@ def test_it_is_bounded_and_follows_the_stream(gpu):
     assert {stream for _, _, stream, _ in gpu.launched} == {7}
 
 
+@pytest.mark.tritons
 def test_hooks_see_every_launch(gpu):
     prompt(100)
     seen = []
@@ -296,6 +298,7 @@ def test_hooks_see_every_launch(gpu):
     assert seen == ["_one_pass_kernel", "_attend_kernel"] * 2
 
 
+@pytest.mark.tritons
 def test_a_triton_that_was_not_tested_is_asked_every_time(gpu, monkeypatch):
     """Another one may run its builds otherwise, and say otherwise whether somebody listens to launches."""
     monkeypatch.setattr(backends, "_triton", lambda: (3, 10, 0))
@@ -329,7 +332,7 @@ def own_way():
         yield
 
 
-@pytest.mark.parametrize("mask", [None, "left"])
+@pytest.mark.parametrize("mask", [None, pytest.param("left", marks=pytest.mark.tritons)])
 def test_what_it_launches_computes_the_same(mask):
     """Executed: the first and later times, with other addresses, alignment, strides and lengths, as by Triton's way."""
     generator = torch.Generator().manual_seed(1)

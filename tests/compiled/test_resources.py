@@ -46,7 +46,8 @@ print(resources.build(row)[2])
 
 
 def test_every_kind_of_wrong_build_is_told():
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "TRITON_INTERPRET": "0"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
     right, wrong, excused, spilling, inside, slow, serialised, twice = map(eval, done.stdout.splitlines())
     assert right == [] and excused == []

@@ -125,7 +125,7 @@ class Driver:
         return launch
 
 
-UNFENCED = triton.__version__ < "3.7.1"  # these put no proxy fence behind asynchronous copies: README.md
+UNFENCED = backends._triton() < (3, 7, 1)  # these put no proxy fence behind asynchronous copies: README.md
 DRIVERS: dict[str, Driver] = {}  # Triton keeps what it compiled for a device, and with it the driver
 
 

@@ -19,8 +19,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LENGTHS = ["q_len", "kv_len"]  # not specialised on
 ROWS: gl.constexpr = gl.constexpr(64)  # of a product of one group of four warps
-# Triton 3.8 renamed it, 3.9 has no longer the old name.
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+# What Triton 3.9 names otherwise than 3.6.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
 class Ring(NamedTuple):
@@ -63,7 +64,7 @@ def wide(ring, n):
     """Tile n, taken before, [BLOCK, HEADS * DIM]: the first 64 columns of every head, then the second, and so on."""
     tile = ring.tiles.index(n % ring.tiles.shape[0])
     shape: gl.constexpr = [tile.shape[2], tile.shape[1] * tile.shape[3]]
-    return tile._reinterpret(tile.dtype, shape, gl.NVMMASharedLayout(128, 16, 2))
+    return reinterpret(tile, tile.dtype, shape, gl.NVMMASharedLayout(128, 16, 2))
 
 
 @gluon.jit

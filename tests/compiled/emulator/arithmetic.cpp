@@ -151,6 +151,7 @@ void Interpreter::arithmetic() {
     CASE(CVT_U64_U32, lanes<u64, u32>([](u32 a) { return a; }));
     CASE(CVT_S64_S32, lanes<i64, i32>([](i32 a) { return a; }));
     CASE(CVT_U32_U64, lanes<u32, u64>([](u64 a) { return a; }));
+    CASE(CVT_U16_U64, lanes<u32, u64>([](u64 a) { return a & HALF_MASK; }));
     CASE(CVT_S64_LOW, lanes<i64, u64>([](u64 a) { return static_cast<i32>(a); }));
     CASE(PACK_B16, lanes<u32, u32, u32>([](u32 a, u32 b) { return (a & HALF_MASK) | b << 16; }));
     CASE(CVT_F32_F16, lanes<float, u32>([](u32 a) { return half(a & HALF_MASK); }));
@@ -187,6 +188,9 @@ void Interpreter::arithmetic() {
     CASE(MUL_WIDE_U32, lanes<u64, u32, u32>([](u64 a, u64 b) { return a * b; }));
     CASE(MUL_HI_S32, lanes<i32, i32, i32>([](i64 a, i64 b) { return a * b >> 32; }));
     CASE(MUL_HI_U32, lanes<u32, u32, u32>([](u64 a, u64 b) { return a * b >> 32; }));
+    CASE(MUL_HI_U64, lanes<u64, u64, u64>([](u64 a, u64 b) -> u64 {
+           return static_cast<unsigned __int128>(a) * b >> 64;
+         }));
     CASE(MAD_B32, lanes<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return a * b + c; }));
     CASE(MAD_B64, lanes<u64, u64, u64, u64>([](u64 a, u64 b, u64 c) { return a * b + c; }));
     CASE(MAD_WIDE_S32, lanes<i64, i32, i32, i64>([](i64 a, i64 b, i64 c) { return a * b + c; }));
