@@ -340,11 +340,16 @@ def test_our_answers_can_be_scored_again(saved_model, finished, tmp_path, capsys
         (["--model", "nowhere"], "--model must be a folder, and there is none nowhere"),
     ],
 )
-def test_bad_input_is_one_line_and_status_1(saved_model, tmp_path, capsys, more, named):
+def test_bad_input_is_one_line_and_comes_before_the_weights_are_read(
+    saved_model, tmp_path, capsys, monkeypatch, more, named
+):
+    from transformers import PreTrainedModel
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("the weights were read"))
     status, out, err = run(capsys, saved_model, tmp_path / "out", *more)
     assert status == 1 and out == "" and err.count("\n") == 1, err
     assert named in err
-    assert not (tmp_path / "out/answers").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_cannot_be_read(saved_model, tmp_path, capsys):
@@ -377,7 +382,7 @@ def test_a_model_without_pictures(saved_model, tmp_path, capsys):
     processor_of("llava").tokenizer.save_pretrained(tmp_path / "text")
     (tmp_path / "empty").mkdir()
     capsys.readouterr()
-    for name, error in (("text", "no processor of pictures and text"), ("empty", "")):
+    for name, error in (("text", "is no vision-language model (model_type 'llama')"), ("empty", "")):
         status, out, err = run(capsys, saved_model, tmp_path / "out", "--model", tmp_path / name)
         assert status == 1 and out == "" and err.count("\n") == 1 and error in err, err
     assert not (tmp_path / "out/answers").exists()

@@ -10,6 +10,10 @@ pytest.importorskip("matplotlib")
 import eah
 from eah.inspect import look
 from eah.inspect.compare import compare, mark_differences
+from eah.inspect.numbers import divergence
+
+from ..support.processors import processor_of
+from ..support.tiny_models import build
 
 LAYERS, THRESHOLD = (0, 1, 2), 0.05
 
@@ -67,3 +71,20 @@ def test_the_words_that_differ_are_marked_and_nothing_is_html():
         "a &lt;b&gt; <mark>cat</mark> sits",
     )
     assert mark_differences("a", "a b") == ("a", "a <mark>b</mark>") and mark_differences("", "") == ("", "")
+
+
+def test_the_distance_of_distributions():
+    never = torch.tensor([1.0, 2.0, -torch.inf])
+    p, q = never[:2].double().softmax(-1), torch.tensor([1.0, 2.5]).double().softmax(-1)
+    assert divergence(never, never) == 0
+    assert divergence(never, torch.tensor([1.0, 2.5, -torch.inf])) == pytest.approx((p * (p / q).log()).sum().item())
+    with pytest.raises(ValueError, match="the next token's logits are NaN"):
+        divergence(never, torch.tensor([1.0, torch.nan, 0.0]))
+
+
+def test_a_layer_whose_output_is_zero_does_not_change(picture):
+    model, processor = build("llava"), processor_of("llava")
+    with torch.no_grad():
+        model.get_decoder().layers[1].self_attn.v_proj.weight.zero_()
+    found = compare(model, processor, look(model, processor, picture, "abc"), max_new_tokens=1)
+    assert found.layers[1].change == 0

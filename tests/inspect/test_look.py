@@ -43,6 +43,32 @@ def test_an_orientation_in_the_file_is_applied(tmp_path):
     assert seen.image.size == (10, 20)
 
 
+def test_a_whole_prompt_begins_once():
+    from tokenizers.processors import TemplateProcessing
+
+    processor = processor_of("llava")
+    begins = TemplateProcessing(single="<2> $A", special_tokens=[("<2>", 2)])
+    processor.tokenizer.backend_tokenizer.post_processor = begins
+    for prompt in ("<image>abc", "<2><image>abc"):
+        ids = look(build("llava"), processor, picture(), prompt).inputs["input_ids"][0].tolist()
+        assert ids == [2, *[95] * 9, 34, 35, 36]
+
+
+def test_the_processor_is_as_before():
+    processor = processor_of("llava")
+    processor.tokenizer.padding_side, processor.tokenizer.pad_token = "right", None
+    look(build("llava"), processor, picture(), "abc")
+    assert processor.tokenizer.padding_side == "right" and processor.tokenizer.pad_token is None
+
+
+def test_nan_is_not_told_as_no_sink():
+    model = build("llava")
+    with torch.no_grad():
+        model.get_decoder().layers[1].self_attn.q_proj.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the attention of layer 1 is NaN"):
+        look(model, processor_of("llava"), picture(), "abc")
+
+
 def test_what_does_not_fit_is_told_in_one_line():
     model, processor = build("llava"), processor_of("llava")
     for wrong, error, named in [

@@ -41,7 +41,8 @@ PROMPT, OWN = "What is it?", 0.05
 def run(tiny, pictures, tmp_path, capsys, monkeypatch):
     """`eah inspect --images` with the tiny model; the status, stdout and stderr. run.looks: the pictures looked at."""
     processor, looks = tiny[1], []
-    monkeypatch.setattr(command, "loaded", lambda _: (processor, tiny[0]))
+    monkeypatch.setattr(command, "checked", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(command, "loaded", lambda *_: (processor, tiny[0]))
 
     def seen_by(model, processor, image, *rest, **options):
         looks.append(image)
@@ -101,6 +102,14 @@ def test_a_second_run_goes_on_and_gives_the_same(run, pictures):
     for changes in ({"--prompt": "Why?"}, {"--threshold": 0.04}, {"--model": "n"}):
         status, _, err = run(**changes)
         assert status == 1 and "was begun with other settings" in err and err.count("\n") == 1
+
+
+def test_looks_of_unknown_settings_are_not_taken(run):
+    """Who deletes run.json to be let in with another prompt gets that prompt's looks."""
+    assert run("--limit", 2)[0] == 0
+    (run.out / "run.json").unlink()
+    status, _, err = run("--limit", 2, **{"--prompt": "Why?"})
+    assert status == 0 and len(run.looks) == 4, err
 
 
 def test_an_interrupted_run_keeps_what_it_has(run, pictures):
@@ -238,9 +247,8 @@ def results(folder, bench="chair"):
         details = [{"id": n, "parsed": "yes", "label": "no" if n % 2 else "yes"} for n in (0, 1, 2, 3, 9)]
     write_records(folder / "answers/base.all.jsonl", answers)
     write_records(folder / "details/base.all.jsonl", details)
-    write_json(
-        folder / "result.json", {"rows": [{"variant": "base", "part": "all"}, {"variant": "eah", "part": "all"}]}
-    )
+    rows = [{"variant": "base", "part": "all"}, {"variant": "eah", "part": "all"}]
+    write_json(folder / "result.json", {"schema": "eah-eval/1", "bench": bench, "rows": rows, "summary": rows})
     return folder
 
 
@@ -260,11 +268,27 @@ def test_answers_of_an_evaluation_are_set_against_density(run, tmp_path):
     )
     for folder, named in (
         ("none", "no result.json"),
-        ("report", "result.json has no rows"),
+        ("report", "is not of the schema eah-eval/1"),
         ("chair", "none of the pictures that were looked at"),
     ):
         status, _, err = run("--answers", tmp_path / folder)
         assert status == 1 and named in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("result.json", "[]", "is not of the schema eah-eval/1"),
+        ("answers/base.all.jsonl", '{"image": "0.png"}', "record 1: 'id' must be int or str, got None"),
+        ("answers/base.all.jsonl", '{"id": 1, "image": 3}', "record 1: 'image' must be str, got 3"),
+        ("details/base.all.jsonl", '{"id": [], "label": "yes"}', "record 1: 'id' must be int or str, got []"),
+        ("details/base.all.jsonl", '{"image_id": 1, "hallucinated": 3}', "'hallucinated' must be list, got 3"),
+    ],
+)
+def test_answers_that_are_broken_are_one_line(run, tmp_path, file, content, named):
+    (results(tmp_path / "chair") / file).write_text(content)
+    status, out, err = run("--answers", tmp_path / "chair")
+    assert status == 1 and out == "" and err.count("\n") == 1 and named in err and file in err
 
 
 def test_rank_correlation():
@@ -280,6 +304,8 @@ def test_rank_correlation():
         ((), {"--images": "tests/inspect"}, "has no picture"),
         (("--compare",), {}, "--compare is of --image, which was not given"),
         (("--layers", "0"), {}, "--layers is of --image, which was not given"),
+        (("--layers", "all"), {}, "--layers is of --image, which was not given"),
+        (("--max-new-tokens", "3"), {}, "--max-new-tokens is of --image, which was not given"),
     ],
 )
 def test_errors_are_one_line(run, more, changes, named):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from eah import cli
 from eah.cli.look import pictured_layers
+from eah.eval.journal import alone_in
 from eah.inspect import look
 from eah.inspect.figures import outline, spans
 from eah.inspect.one import views, write
@@ -118,6 +119,10 @@ def test_layers_by_default_and_all():
         (("--layers", "all", 1), {}, 1, "--layers must be all, or numbers"),
         (("--device", "gpu"), {}, 1, "device 'gpu' cannot be used"),
         (("--max-new-tokens", 0), {}, 2, "must be an int >= 1"),
+        (("--max-new-tokens", 3), {}, 1, "--max-new-tokens is of --compare, which was not given"),
+        (("--answers", ""), {}, 1, "--answers is of --images, which was not given"),
+        ((), {"--image": ""}, 1, "there is no picture"),
+        ((), {"--out": __file__}, 1, f"--out must be a folder, and {__file__} is a file"),
     ],
 )
 def test_errors_are_one_line_and_come_before_the_weights_are_read(
@@ -128,10 +133,18 @@ def test_errors_are_one_line_and_come_before_the_weights_are_read(
     assert found == status and named in err and err.count("\n") == 1 and out == "" and not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(capsys, saved_model, tmp_path):
-    (tmp_path / "file").write_text("")
-    status, _, err = run(capsys, saved_model, tmp_path / "file", "--layers", 0)
-    assert status == 1 and "file" in err and err.count("\n") == 1
+def test_two_do_not_write_to_one_folder(capsys, saved_model, tmp_path):
+    with alone_in(tmp_path):
+        status, out, err = run(capsys, saved_model, tmp_path)
+    assert status == 1 and "another process is writing to" in err and err.count("\n") == 1 and out == ""
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_device_that_is_full_is_named(capsys, saved_model, tmp_path):
+    (tmp_path / ".inspect.part.json").symlink_to("/dev/full")
+    status, out, err = run(capsys, saved_model, tmp_path, "--layers", 0)
+    assert status == 1 and out == "" and err.count("\n") == 1
+    assert "No space left on device" in err and str(tmp_path / "inspect.json") in err
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "paligemma"])

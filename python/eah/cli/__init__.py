@@ -143,7 +143,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threshold", type=float, default=0.002, help="mean attention of a vision sink (default: 0.002)")
     add("--compare", action="store_true", help="of --image: also answer without and with EAH, and show what changes")
-    add("--max-new-tokens", type=_count, default=128, metavar="N", help="of --compare (default: 128)")
+    add("--max-new-tokens", type=_count, metavar="N", help="of --compare (default: 128)")
     add("--limit", type=_count, metavar="N", help="of --images: only the first N by name")
     add("--calibrate", action="store_true", help="of --images: at which layer and threshold the choice is well defined")
     add("--answers", metavar="DIR", help="of --images: the --out of eah eval run, density against hallucination")
@@ -238,11 +238,14 @@ def _inspect(arguments) -> int:
         if [] in arguments.layers and len(arguments.layers) > 1:
             raise ValueError("--layers must be all, or numbers such as 0 1 2, not both")
         arguments.layers = _numbers(arguments.layers)
-    of_other = ("limit", "calibrate", "answers") if arguments.image else ("layers", "compare")
-    for name in of_other:
-        if getattr(arguments, name):
-            raise ValueError(f"--{name} is of {'--images' if arguments.image else '--image'}, which was not given")
-    written = (module.inspect if arguments.image else module.inspect_many)(arguments)
+    one = arguments.image is not None
+    for name in ("limit", "calibrate", "answers") if one else ("layers", "compare", "max_new_tokens"):
+        if getattr(arguments, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is of {'--images' if one else '--image'}, which was not given")
+    if arguments.max_new_tokens is not None and not arguments.compare:
+        raise ValueError("--max-new-tokens is of --compare, which was not given")
+    written = (module.inspect if one else module.inspect_many)(arguments)
     print(json.dumps(written, indent=2)) if arguments.json else module.print_inspect(written)
     return 0
 

@@ -16,6 +16,7 @@ import eah
 from eah.cli.doctor import why_not
 from eah.cli.messages import progress
 from eah.cli.samples import layer_inputs, load_picture, small_llava
+from eah.eval.journal import alone_in
 from eah_kernels import BACKENDS, EAHResult, eah_attention
 from eah_kernels.testing import agrees, largest_error
 
@@ -50,7 +51,8 @@ def demo(image_file: str | None = None, out: str | None = None) -> dict:
     page = None
     if out is not None:
         progress("drawing")
-        page = str(draw(model, processor, picture, name, Path(out)))
+        with alone_in(Path(out)):
+            page = str(draw(model, processor, picture, name, Path(out)))
     progress("comparing the backends with the reference")
     agreement = {backend: compare(backend, device) for backend in BACKENDS if backend not in ("auto", "reference")}
     progress("timing one attention layer of LLaVA-1.5's size")

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from pathlib import Path
 
 import torch
 
 import eah
 from eah.cli.doctor import why_no_enable
-from eah.cli.messages import one_line, progress
+from eah.cli.messages import progress
 from eah.cli.samples import load_picture
 from eah.transformers.inputs import prepare
-from eah.transformers.pretrained import device_of, load_pretrained, no_bars_in_files
+from eah.transformers.pretrained import check_model, device_of, load_pretrained, no_bars_in_files
 from eah_kernels import eah_attention
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def generate(
@@ -50,7 +46,8 @@ def generate(
     no_bars_in_files()
     hub_logging.set_verbosity_error()  # or every retry without a network is a line
     progress(f"looking at {model_id}")
-    check_model(model_id, knobs if "with" in answers else None, trust_remote_code)
+    # check_knobs knows the device, and so the backend
+    check_model(model_id, [{**knobs, "backend": "auto"}] if "with" in answers else [], trust_remote_code)
     progress(f"loading {model_id}")
     processor, model = load_pretrained(model_id, "auto", place, trust_remote_code)
     inputs = prepare(processor, picture, prompt).to(place, model.dtype)
@@ -91,26 +88,3 @@ def check_knobs(knobs: dict, max_new_tokens: int, device: torch.device) -> None:
     image_mask = torch.empty(0, 1, dtype=torch.bool, device=device)
     options = {name: knobs[name] for name in ("threshold", "min_density", "backend")}
     eah_attention(empty, empty, empty, image_mask, **options)
-
-
-def check_model(model_id: str, knobs: dict | None, trust_remote_code: bool) -> None:
-    """Raises when there is no such model, or none that `eah.enable(model, **knobs)` takes; needs its config only."""
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
-
-    here = Path(model_id).exists()
-    if here and not Path(model_id).is_dir():
-        raise ValueError(f"model must be a folder or an id on the hub; {model_id} is a file")
-    if not here and not HUB_ID.fullmatch(model_id):
-        raise ValueError(f"there is no folder {model_id}, and an id on the hub has the form owner/name")
-    try:
-        config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        if here:
-            raise
-        raise OSError(f"there is no folder {model_id}, and it cannot be had from the hub: {one_line(error)}") from error
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
-        raise ValueError(f"{model_id} is no vision-language model (model_type {config.model_type!r})")
-    if knobs is not None:
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
-        eah.enable(model, **{**knobs, "backend": "auto"}).disable()  # check_knobs knows the device, and so the backend

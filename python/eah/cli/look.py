@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from eah.cli.doctor import why_no_enable
 from eah.cli.messages import progress
-from eah.cli.samples import load_picture
+from eah.eval.journal import alone_in
 from eah.inspect.look import check_threshold
+from eah.pictures import read_picture
+from eah.transformers.pretrained import check_model, device_of, load_pretrained
 
 FIRST_LAYERS = 4  # that are pictured when none are named
+NEW_TOKENS = 128  # of --compare
 
 
 def inspect(arguments) -> dict:
@@ -19,23 +24,24 @@ def inspect(arguments) -> dict:
         ImportError, OSError, ValueError, RuntimeError: as loading the picture and the model and the look do.
     """
     check_threshold(arguments.threshold)
-    picture, _ = load_picture(arguments.image)
-    processor, model = loaded(arguments)
-    out = Path(arguments.out)
+    picture = read_picture(arguments.image, upright=True)
+    place, out = checked(arguments), Path(arguments.out)
     from eah.inspect.compare import compare
     from eah.inspect.look import look
     from eah.inspect.one import write
 
-    progress("looking")
-    layers = pictured_layers(model, arguments.layers)
-    seen = look(model, processor, picture, arguments.prompt, threshold=arguments.threshold, pictured=layers)
-    compared = None
-    if arguments.compare:
-        progress("answering without and with EAH")
-        compared = compare(model, processor, seen, max_new_tokens=arguments.max_new_tokens)
-    progress("drawing")
-    names = {"model": arguments.model, "image": Path(arguments.image).name}
-    page = write(seen, out, names, layers, compared)
+    with alone_in(out):
+        processor, model = loaded(arguments, place)
+        progress("looking")
+        layers = pictured_layers(model, arguments.layers)
+        seen = look(model, processor, picture, arguments.prompt, threshold=arguments.threshold, pictured=layers)
+        compared = None
+        if arguments.compare:
+            progress("answering without and with EAH")
+            compared = compare(model, processor, seen, max_new_tokens=arguments.max_new_tokens or NEW_TOKENS)
+        progress("drawing")
+        names = {"model": arguments.model, "image": Path(arguments.image).name}
+        page = write(seen, out, names, layers, compared)
     return {"page": str(page), "numbers": str(out / "inspect.json")}
 
 
@@ -46,20 +52,20 @@ def inspect_many(arguments) -> dict:
     Raises:
         As `inspect`; also where --out was begun with other settings.
     """
-    from eah.eval.journal import alone_in
     from eah.inspect import many, overview
 
     check_threshold(arguments.threshold)
     paths = many.pictures_in(arguments.images, arguments.limit)
     answers = None if arguments.answers is None else many.hallucinations(arguments.answers)
-    processor, model = loaded(arguments)
-    out, settings = Path(arguments.out), {"model": arguments.model, "device": model.device.type}
+    place, out = checked(arguments), Path(arguments.out)
+    settings = {"model": arguments.model, "device": place.type}
 
     def load(path: Path):
         progress(f"looking at {path.name}")
-        return load_picture(str(path))[0]
+        return read_picture(path, upright=True)
 
     with alone_in(out):
+        processor, model = loaded(arguments, place)
         records, thresholds = many.look_at_all(
             model, processor, paths, arguments.prompt, arguments.threshold, out, settings, load
         )
@@ -107,19 +113,22 @@ def _heads(model) -> int:
     return max(query_heads(module) for module in modules_with_maps(model)[0].values())
 
 
-def loaded(arguments):
-    """The processor and the model, once it is sure that they can be looked at and drawn."""
+def checked(arguments) -> torch.device:
+    """The device, once it is sure by the config that the model can be looked at and drawn."""
     problem = why_no_enable()
     if problem:
         raise ImportError(problem)
-    from eah.cli.generate import check_model
     from eah.inspect.figures import new_figure
-    from eah.transformers.pretrained import device_of, load_pretrained
 
     new_figure(1, 1)
     place = device_of(arguments.device)
     asked = {"layers": tuple(dict.fromkeys(arguments.layers))} if arguments.layers else {}
-    check_model(arguments.model, {"threshold": arguments.threshold, **asked}, arguments.trust_remote_code)
+    check_model(arguments.model, [{"threshold": arguments.threshold, **asked}], arguments.trust_remote_code)
+    return place
+
+
+def loaded(arguments, place: torch.device):
+    """The processor and the model."""
     progress(f"loading {arguments.model}")
     return load_pretrained(arguments.model, "auto", place, arguments.trust_remote_code)
 

@@ -184,19 +184,14 @@ def finish(benchmark, answered, settings: dict, arguments) -> int:
 
 def _report(arguments) -> int:
     from eah.eval import markdown
-    from eah.eval.files import read_json, write_json
+    from eah.eval.files import write_json
     from eah.eval.journal import alone_in
     from eah.eval.plots import plot
-    from eah.eval.score import HELD, SCHEMA
+    from eah.eval.score import SCHEMA, read_result
 
     results, out = {}, Path(arguments.out)
     for folder in arguments.folders:
-        path = Path(folder) / "result.json"
-        if not path.exists():
-            raise ValueError(f"{folder} has no result.json: eah eval run or score writes it at its end")
-        result, name = read_json(path), Path(folder).resolve().name
-        if not isinstance(result, dict) or result.get("schema") != SCHEMA or not all(map(result.get, HELD)):
-            raise ValueError(f"{path} is not of the schema {SCHEMA}, or is a report's")
+        result, name = read_result(Path(folder)), Path(folder).resolve().name
         if Path(folder).resolve() == out.resolve():
             raise ValueError(f"--out {out} is one of the folders that are reported, and would lose its result.json")
         if name in results:

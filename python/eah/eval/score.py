@@ -9,7 +9,7 @@ import numpy as np
 
 from eah.eval.benchmark import Answer, Benchmark, Item, Judged
 from eah.eval.bootstrap import LEVEL, interval, resampled
-from eah.eval.files import write_json, write_records
+from eah.eval.files import read_json, write_json, write_records
 
 SCHEMA = "eah-eval/1"
 HELD = ("bench", "rows", "summary")  # what no result.json of a run or score is without
@@ -39,6 +39,21 @@ def score(benchmark: Benchmark, answered: Answered, settings: dict, resamples: i
         "differences": differences(benchmark, judged, resamples),
     }
     write_json(out / "result.json", result)
+    return result
+
+
+def read_result(folder: Path) -> dict:
+    """The result.json of a run or a score.
+
+    Raises:
+        ValueError: there is none in the folder, or something else.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no result.json: eah eval run or score writes it at its end")
+    result = read_json(path)
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA or not all(map(result.get, HELD)):
+        raise ValueError(f"{path} is not of the schema {SCHEMA}, or is a report's")
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from eah.eval.run import answer, check_pictures, check_settings, check_variants,
 from eah.eval.subsets import images_of, with_files
 from eah.eval.variants import product
 from eah.transformers.inputs import Prompts, check_form
-from eah.transformers.pretrained import device_of, load_pretrained
+from eah.transformers.pretrained import check_model, device_of, load_pretrained
+from eah_kernels import BACKENDS
 
 
 def start(benchmark, scoring: dict, arguments) -> int:
@@ -48,6 +50,10 @@ def start(benchmark, scoring: dict, arguments) -> int:
     todo = tasks(variants, not arguments.no_base, parts, arguments.seeds)
     check_pictures(arguments.images, todo)
     device = device_of(arguments.device, "--device")
+    if arguments.backend not in BACKENDS:
+        raise ValueError(f"--backend must be one of {', '.join(BACKENDS)}, got {arguments.backend!r}")
+    knobs = [{**asdict(variant), "backend": "auto"} for variant in variants.values()]  # the backend is of the device
+    check_model(arguments.model, knobs, arguments.trust_remote_code)
     asked = {
         "bench": benchmark.name,
         "model": str(Path(arguments.model).resolve()),

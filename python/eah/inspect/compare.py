@@ -144,7 +144,7 @@ def compare(
     assert plain.next_token is not None and enhanced.next_token is not None
     changes = []
     for layer, output in sorted(before.outputs.items()):
-        change = (after.outputs[layer] - output).norm() / output.norm()
+        change = (after.outputs[layer] - output).norm() / output.norm().clamp(min=torch.finfo(torch.float32).tiny)
         changes.append(LayerChange(layer, change.item(), before.shares[layer], after.shares[layer]))
     kl = divergence(plain.next_token, enhanced.next_token)
     return Compared(report, answers, kl, tuple(changes))

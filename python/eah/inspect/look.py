@@ -12,7 +12,7 @@ from eah.inspect.maps import averaged_map
 from eah.patches import Grid, grids
 from eah.pictures import in_rgb
 from eah.transformers.enable import check_pretrained
-from eah.transformers.inputs import prepare
+from eah.transformers.inputs import Prompts
 from eah.transformers.observe import Seen, observed
 from eah.uniform import sight_of, uniform_means
 from eah_kernels import select_head, sink_statistics
@@ -156,6 +156,10 @@ def measured(seen: Seen, threshold: float, maps: bool) -> LayerLook:
         call.query, call.key, image, threshold=threshold, return_column_mean=True, **scoring._asdict()
     )
     assert statistics.column_mean is not None
+    if not statistics.column_mean[0].isfinite().all():
+        raise ValueError(
+            f"the attention of layer {seen.layer} is NaN: the weights or the dtype do not bear this prompt"
+        )
     uniform = uniform_means(sight_of(image, scoring), image)[0]
     layer = LayerLook(
         seen.layer,
@@ -175,10 +179,9 @@ def inputs_of(processor, image, prompt: str):
     """Model inputs for one upright picture and a prompt; a prompt that has the image token is taken as it stands."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a str, got {type(prompt).__name__}")
-    token = getattr(processor, "image_token", None)
-    if isinstance(token, str) and token in prompt:
-        return processor(images=image, text=prompt, return_tensors="pt")
-    return prepare(processor, image, prompt)
+    prompts, token = Prompts(processor), getattr(processor, "image_token", None)
+    whole = isinstance(token, str) and token in prompt
+    return prompts.inputs([prompt if whole else prompts.text(prompt)], [image])
 
 
 def upright(image):

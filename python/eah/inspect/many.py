@@ -7,12 +7,12 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from eah.eval.files import read_json, read_records, sha256, write_json
+from eah.eval.files import field, read_json, read_records, sha256, write_json
 from eah.eval.run import refuse_other_settings, versions
+from eah.eval.score import read_result
 from eah.inspect.look import LayerLook, Look, look
 from eah.patches import Grid
 
@@ -55,14 +55,14 @@ def look_at_all(
         ValueError: `out` was begun with other settings.
     """
     settings = {**named, "prompt": prompt, "threshold": threshold, "versions": versions()}
-    grid = None
-    if (out / "run.json").exists():
+    grid, begun = None, (out / "run.json").exists()
+    if begun:
         refuse_other_settings(out, settings)
         grid = read_json(out / "run.json")["thresholds"]
     records = []
     for path in paths:
         kept, digest = out / "looks" / f"{path.name}.json", sha256(path)
-        record = read_json(kept) if kept.exists() else None
+        record = read_json(kept) if begun and kept.exists() else None  # else nothing says of which settings it is
         if record is None or record.get("sha256") != digest:
             seen = look(model, processor, load(path), prompt, threshold=threshold, pictured=())
             if grid is None:
@@ -175,21 +175,20 @@ def hallucinations(folder: str | Path) -> tuple[str, dict[str, float]]:
         ValueError: the folder has no such results.
     """
     folder = Path(folder)
-    result = folder / "result.json"
-    if not result.is_file():
-        raise ValueError(f"--answers {folder} has no result.json: it must be the --out of eah eval run, at its end")
-    rows: list[dict[str, Any]] = read_json(result).get("rows")
-    if not rows:
-        raise ValueError(f"--answers {folder}: result.json has no rows: it must be the --out of eah eval run")
+    rows = read_result(folder)["rows"]
     variant = rows[0]["variant"]
     sums: dict[str, list[float]] = {}
     for part in dict.fromkeys(row["part"] for row in rows if row["variant"] == variant):
         paths = [folder / kind / f"{variant}.{part}.jsonl" for kind in ("answers", "details")]
         if not all(path.is_file() for path in paths):
             raise ValueError(f"--answers {folder} has no answers/{variant}.{part}.jsonl with details: eah eval run has")
-        pictures = {record["id"]: record["image"] for record in read_records(paths[0])}
-        for detail in read_records(paths[1]):
-            picture, (wrong, of) = pictures.get(detail.get("id", detail.get("image_id"))), _judged(detail)
+        pictures = {
+            field(record, "id", paths[0], number, (int, str)): field(record, "image", paths[0], number)
+            for number, record in enumerate(read_records(paths[0]), 1)
+        }
+        for number, detail in enumerate(read_records(paths[1]), 1):
+            id = field(detail, "image_id" if "image_id" in detail else "id", paths[1], number, (int, str))
+            picture, (wrong, of) = pictures.get(id), _judged(detail, paths[1], number)
             if of and picture is not None:
                 total = sums.setdefault(picture, [0, 0])
                 total[0] += wrong
@@ -199,11 +198,12 @@ def hallucinations(folder: str | Path) -> tuple[str, dict[str, float]]:
     return variant, {picture: wrong / of for picture, (wrong, of) in sums.items()}
 
 
-def _judged(detail: dict) -> tuple[int, int]:
+def _judged(detail: dict, path: Path, number: int) -> tuple[int, int]:
     if "hallucinated" in detail:
-        return len(detail["hallucinated"]), len(detail["objects"])
+        wrong, of = (len(field(detail, name, path, number, list)) for name in ("hallucinated", "objects"))
+        return wrong, of
     if detail.get("label") in ("yes", "no"):
-        return int(detail["parsed"] != detail["label"]), 1
+        return int(detail.get("parsed") != detail["label"]), 1
     return 0, 0
 
 

@@ -46,9 +46,15 @@ def layer_numbers(layer: LayerLook, threshold: float) -> dict:
 
 
 def divergence(plain: Tensor, enhanced: Tensor) -> float:
-    """KL(plain || enhanced) of two next-token distributions, in nats, from their logits (V,)."""
+    """KL(plain || enhanced) of two next-token distributions, in nats, from their logits (V,); -inf: never this token.
+
+    Raises:
+        ValueError: the logits have NaN.
+    """
     p, q = (logits.double().log_softmax(-1) for logits in (plain, enhanced))
-    return max(0.0, torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item())
+    if p.isnan().any() or q.isnan().any():
+        raise ValueError("the next token's logits are NaN: the weights or the dtype do not bear this prompt")
+    return max(0.0, torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum().item())
 
 
 def _short(values: Tensor) -> list[float]:

@@ -41,15 +41,16 @@ class Prompts:
         return form.replace("<image>", token).replace("{}", question)
 
     def inputs(self, texts: list[str], pictures: list) -> Any:
-        """A batch, padded on the left."""
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        """A batch; several prompts are padded on the left, for which the processor's tokenizer is set up."""
+        tokenizer, several = self.processor.tokenizer, len(texts) > 1
+        if several:
+            tokenizer.padding_side = "left"
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
         begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
         options = {"add_special_tokens": False} if begun else {}
         images = [[picture] for picture in pictures]
-        return self.processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
+        return self.processor(text=texts, images=images, padding=several, return_tensors="pt", **options)
 
 
 def check_form(form: str | None, called: str = "form") -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from eah.transformers.enable import enable
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def device_of(name: str | None, called: str = "device") -> torch.device:
@@ -29,6 +36,34 @@ def no_bars_in_files() -> None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def check_model(source: str, every: Sequence[Mapping[str, Any]], trust_remote_code: bool) -> None:
+    """What can be told from the config, without the weights.
+
+    Raises:
+        OSError, ValueError: there is no such model, or none that `enable` takes with each of these knobs.
+    """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
+
+    here = Path(source).exists()
+    if here and not Path(source).is_dir():
+        raise ValueError(f"model must be a folder or an id on the hub; {source} is a file")
+    if not here and not HUB_ID.fullmatch(source):
+        raise ValueError(f"there is no folder {source}, and an id on the hub has the form owner/name")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if here:
+            raise
+        raise OSError(f"there is no folder {source}, and it cannot be had from the hub: {error}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
+        raise ValueError(f"{source} is no vision-language model (model_type {config.model_type!r})")
+    if every:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        for knobs in every:
+            enable(model, **knobs).disable()
 
 
 def load_pretrained(source: str, dtype: str, device: torch.device, trust_remote_code: bool) -> tuple[Any, Any]:
