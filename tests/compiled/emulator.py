@@ -75,11 +75,14 @@ class Executable:
         slots, wgmma = program.next_slot, int(program.wgmma)
         self.handle = ctypes.c_void_p(library().emulator_program(*arrays, slots, wgmma))
 
-    def reached(self) -> dict[int, int]:
+    def reached(self) -> np.ndarray:
         """By PTX line, what happened there in the launches so far: a sum of CAME and so on."""
         flags = library().emulator_reached(self.handle)
-        steps = zip(self.program.source, flags, strict=False)
-        return {step.line: flag for step, flag in steps if flag and step.opcode != ":"}
+        happened = np.zeros(self.program.kernel.statements[-1].line + 1, dtype=np.uint8)
+        for step, flag in zip(self.program.source, flags, strict=False):
+            if flag and step.opcode != ":":
+                happened[step.line] = flag
+        return happened
 
     def __del__(self):
         library().emulator_free(self.handle)

@@ -43,7 +43,7 @@ from .replays import SEEDS, Replay, by_build, cuda_launches, launches
 
 LIST = Path(__file__).parent / "equivalent.txt"
 OUTCOMES = ("noticed", "missed", "unfelt", "equivalent", "untried")
-ALONE, MOST = 3, 24  # launches that a change is tried on by itself, and at all
+ALONE = 3  # launches that a change is tried on by itself
 STRICT = ("copy wait", "wgmma wait", "wgmma fence", "proxy fence", "order")
 
 
@@ -138,10 +138,9 @@ def recorded(target: str, more: bool = True) -> dict[str, list[Replay]]:
 
 
 def feeling(replays: list[Replay], mutant: Mutant) -> list[Replay]:
-    """The launches in which a change does anything, the shortest first, at most MOST where not all must be noticed."""
+    """The launches in which a change does anything, the shortest first."""
     line = replays[0].launched.program.kernel.statements[mutant.at].line
-    felt = sorted((r for r in replays if r.happened.get(line, 0) & mutant.feels), key=lambda r: r.steps)
-    return felt if mutant.operator in STRICT else felt[:MOST]
+    return sorted((r for r in replays if r.happened[line] & mutant.feels), key=lambda r: r.steps)
 
 
 class Trial(NamedTuple):
@@ -265,12 +264,19 @@ def listed() -> list[tuple[int, re.Pattern, str]]:
 
 
 def told(kernel: Kernel, mutant: Mutant) -> str:
-    """A fence or a wait, whose text is always the same, with the first operands of the product that it is of."""
+    """A fence or a wait, whose text is always the same, with the first operands of the product that it is of.
+
+    A branch with the source line of where it goes.
+    """
     statement, product = kernel.statements[mutant.at], None
     if mutant.operator in ("wgmma wait", "wgmma fence", "proxy fence"):
         others = kernel.statements[mutant.at :: -1 if mutant.operator == "wgmma wait" else 1]
         product = next((s for s in others if s.opcode.startswith("wgmma.mma")), None)
     of = " ".join(["", "of", *(re.findall(r"%\w+", o)[0] for o in product.operands[:3])]) if product else ""
+    if statement.opcode.startswith("bra"):
+        label = next(i for i, s in enumerate(kernel.statements) if s.opcode == f"{statement.operands[0]}:")
+        there = next(s for s in kernel.statements[label:] if not s.opcode.endswith(":"))
+        of = f" to {'earlier ' if label < mutant.at else ''}{there.location}"
     return f"{kernel.name} | {mutant.operator} | {statement.location} | {statement}{of} -> {mutant.statement}"
 
 
@@ -318,7 +324,7 @@ def grouped(trials: list[Trial], seed: int, operators) -> list[list[Trial]]:
     groups = defaultdict(list)
     for trial in trials:
         groups[trial.target, trial.build, trial.mutant.operator].append(trial)
-    jobs = [group[i : i + 64] for group in groups.values() for i in range(0, len(group), 64)]
+    jobs = [group[i : i + 256] for group in groups.values() for i in range(0, len(group), 256)]
     random.Random(seed).shuffle(jobs)
     return sorted(jobs, key=lambda job: list(operators).index(job[0].mutant.operator) if operators else 0)
 

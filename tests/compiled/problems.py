@@ -21,9 +21,11 @@ class Problems(NamedTuple):
     """A layer, of each of these numbers of rows and keys.
 
     token: the only key that is an image token, in the last batch row; None: as the case says. shown: the mask hides all
-    keys but those from the first to before the second of each of these pairs. spoilt: values from this key on are NaN,
-    and every score is so low that to the row's log-sum-exp a score of 0 is infinite. lost: values before this key are
-    NaN. only: the kernels that it is for.
+    keys but those from the first to before the second of each of these pairs. seeing: the mask shows every key to these
+    rows, none to the others. spoilt: values from this key on are NaN, and every score is so low that to the row's
+    log-sum-exp a score of 0 is infinite. lost: values before this key are NaN. level: every score is the same, the
+    threshold is this part of an even share, and what nobody sees is 0 instead of NaN. chosen: the queries of all other
+    heads are NaN, which makes no sinks. only: the kernels that it is for.
     """
 
     case: Case
@@ -33,6 +35,9 @@ class Problems(NamedTuple):
     shown: tuple[tuple[int, int], ...] | None = None
     spoilt: int | None = None
     lost: int | None = None
+    seeing: tuple[tuple[int, int], ...] | None = None
+    level: float | None = None
+    chosen: tuple[int, ...] = ()
     only: tuple[str, ...] = ()
 
     def inputs(self) -> Iterator[Inputs]:
@@ -42,8 +47,14 @@ class Problems(NamedTuple):
                 inputs.image_mask[:] = False
                 inputs.image_mask[-1, self.token % kv_len] = True
             if self.shown is not None:
-                key = torch.arange(kv_len)
-                inputs.attention_mask &= sum((first <= key) & (key < end) for first, end in self.shown).bool()
+                inputs.attention_mask &= within(self.shown, kv_len)
+            if self.seeing is not None:
+                inputs.attention_mask[:] = within(self.seeing, q_len)[:, None]
+            if self.level is not None:
+                inputs.query[:] = 0
+            if self.chosen:
+                others = [head for head in range(self.case.heads) if head not in self.chosen]
+                inputs.query[:, others] = torch.nan
             if self.spoilt is not None:
                 inputs.value[:, :, self.spoilt :] = torch.nan
                 inputs.key[..., 0], inputs.query[..., 0] = 40, -40
@@ -52,11 +63,19 @@ class Problems(NamedTuple):
             yield inputs
 
 
+def within(pairs: tuple[tuple[int, int], ...], length: int) -> torch.Tensor:
+    """Which of 0, 1, ... lie from the first of a pair to before the second."""
+    found = torch.zeros(length, dtype=torch.bool)
+    for first, end in pairs:
+        found[first:end] = True
+    return found
+
+
 PLAIN = Case(heads=3, kv_heads=1, image="absent")
 PADDED = Case(heads=2, kv_heads=2, mask="left", image="absent")
 MASKED = Case(heads=2, kv_heads=1, mask="bool_causal", causal=False, image="absent")
 WINDOW = Case(heads=2, kv_heads=1, sliding_window=40, dim=72, image="absent")
-ONE_PASS, ATTEND = ("_one_pass_kernel",), ("_attend_kernel",)
+ONE_PASS, SINKS, ATTEND = ("_one_pass_kernel",), ("_sinks_kernel",), ("_attend_kernel",)
 CLOSE, WIDE_WINDOW = replace(WINDOW, sliding_window=5), replace(WINDOW, sliding_window=200)
 FULL = Case(heads=2, kv_heads=1, image="absent")
 LAYERS = [
@@ -86,7 +105,16 @@ STEPS = [
     ),
 ]
 # What the others leave unfelt; the run of all planted faults has these too.
-APART = ((2112, 2304), (4500, 4501), (7000, 7040))
+CELLS = [
+    ((2112, 2304), (4500, 4501), (7000, 7040)),
+    ((4500, 4501), (6400, 6528), (7000, 7040)),
+    ((100, 101), (640, 768), (900, 910)),
+    ((64, 192), (2100, 2101), (8000, 8001)),
+    ((64, 128), (8192, 8256)),
+    ((8250, 8260),),
+    ((4160, 8300),),
+]
+EVEN, ODD = (tuple((key, key + 1) for key in range(first, 512, 2)) for first in range(2))
 MORE_LAYERS = [
     Problems(PLAIN, BRAIN, [(1, 127), (1, 128), (129, 256), (124, 160), (7, 37), (32, 32), (64, 204), (120, 246)]),
     Problems(PLAIN, BRAIN, [(13, 632), (17, 775), (11, 1051)]),
@@ -167,10 +195,63 @@ MORE_LAYERS = [
         for case, dtype in ((PLAIN, BRAIN), (PADDED, HALF), (MASKED, BRAIN), (WINDOW, HALF), (FULL, SINGLE))
         for image, rows, spoilt in (("absent", 256, 128), ("middle", 256, 128), ("middle", 224, 160))
     ],
-    # More than 128 cells.
-    Problems(PADDED, HALF, [(2, 8192)], shown=APART),
-    Problems(MASKED, BRAIN, [(2, 8192)], shown=APART),
-    Problems(MASKED, BRAIN, [(8200, 40)]),
+    # More than 128 cells, of which those that are seen, and the whole ones, are of one warp or another.
+    *[Problems(PADDED, HALF, [(20, 8300)], shown=shown) for shown in CELLS],
+    *[Problems(MASKED, BRAIN, [(20, 8300)], shown=shown, only=ATTEND) for shown in CELLS[:4]],
+    *[
+        Problems(replace(MASKED, image="middle"), BRAIN, [(8300, 40)], seeing=seeing, only=SINKS)
+        for seeing in CELLS[:4]
+    ],
+    Problems(replace(MASKED, mask="bool", image="middle"), BRAIN, [(1200, 40)]),
+    # A whole block that is a line's last, whose flags end where the memory does.
+    *[
+        Problems(replace(MASKED, image=image), BRAIN, [(128, 128), (128, 256)], seeing=((0, 128),))
+        for image in ("absent", "middle")
+    ],
+    Problems(replace(PADDED, mask="right"), HALF, [(192, 192), (300, 300), (100, 230), (20, 8300)]),
+    # Every key hidden between two that are seen.
+    *[
+        Problems(replace(PADDED, image="all"), HALF, [(256, 256), (512, 512), (200, 256)], shown=shown, level=level)
+        for shown in (EVEN, ODD)
+        for level in (None, 0.5)
+    ],
+    # Means of columns between which thresholds lie so closely that a part of a sum less shows.
+    *[
+        Problems(replace(case, image="all"), dtype, sizes, level=level)
+        for case, dtype, sizes in (
+            (PLAIN, BRAIN, [(256, 256), (512, 512), (130, 200)]),
+            (PADDED, HALF, [(256, 256), (512, 512), (130, 200)]),
+            (MASKED, BRAIN, [(130, 200)]),
+            (WINDOW, HALF, [(256, 256), (130, 200)]),
+            (FULL, SINGLE, [(256, 256), (130, 200)]),
+        )
+        for level in (0.95, 1.2, 1.5, 1.9, 2.4, 3.0, 3.8)
+    ],
+    # The only image token in each part of the first thousand that a load brings.
+    *[
+        Problems(case, dtype, [(3, 1024)], token)
+        for case, dtype in ((PLAIN, BRAIN), (PADDED, HALF), (MASKED, BRAIN), (WINDOW, HALF), (FULL, SINGLE))
+        for token in range(150, 900, 128)
+    ],
+    *[Problems(case, dtype, [(300, 300)], 270) for case, dtype in ((PLAIN, BRAIN), (PADDED, HALF))],
+    # A choice among more than 128 heads, of which one in the second hundred has sinks, or it and one before it.
+    *[
+        Problems(
+            replace(case, heads=heads, kv_heads=kv_heads, image="all"),
+            dtype,
+            [(3, 3)],
+            level=0.5,
+            chosen=chosen,
+            only=ONE_PASS,
+        )
+        for case, dtype, heads, kv_heads in (
+            (PLAIN, BRAIN, 129, 43),
+            (PADDED, HALF, 129, 129),
+            (WINDOW, HALF, 130, 65),
+            (FULL, SINGLE, 130, 65),
+        )
+        for chosen in ((128,), (100, 128))
+    ],
     *[
         Problems(case, dtype, [(rows, rows) for rows in lengths], only=ONE_PASS + ATTEND * (case is WINDOW))
         for case, dtype, lengths in (
@@ -189,6 +270,8 @@ MORE_LAYERS = [
 ]
 # Stretches of many blocks.
 MORE_STEPS = [
+    # The highest score in any of them, and so high that what is not scaled by it overflows.
+    *[Problems(replace(steps.case, peak=30.0), steps.dtype, [(1, 8200)]) for steps in STEPS],
     Problems(STEPS[0].case, BRAIN, [(7, 83), (2, 8200), (2, 512), (2, 1100), (1, 1500), (3, 2000)]),
     Problems(STEPS[1].case, HALF, [(3, 8200), (2, 512), (2, 1100), (1, 1500), (3, 2000)]),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from .problems import ATTEND, CHOICES, CUDA_LAYERS, CUDA_STEPS, LAYERS, MORE_LAY
 from .triton_launch import Launched, compiled
 
 SEEDS = 3, 0, 1  # orders of blocks and warps; the first is that of the unchanged run, and enough for most faults
-TALLIES = 4  # all the same, the last of 128 the most, the last of all the most, random ones
+TALLIES = 4  # all the same, the last of 128 the most and then the last of all, the last of all the most, random ones
 
 
 def spread(tensor: torch.Tensor, room: int = 16) -> torch.Tensor:
@@ -41,8 +42,11 @@ def spread_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if mask is None else spread(mask, 17 - mask.shape[-1] % 2)
 
 
-def spaced(inputs: Inputs) -> Inputs:
-    """The same, spread, and NaN in the keys and values that no row sees and in the queries at hidden keys."""
+def spaced(inputs: Inputs, unseen: float = torch.nan) -> Inputs:
+    """The same, spread, and NaN in the keys and values that no row sees and in the queries at hidden keys.
+
+    unseen: in the place of NaN.
+    """
     query, key, value = inputs.query.clone(), inputs.key.clone(), inputs.value.clone()
     q_len, kv_len = query.shape[2], key.shape[2]
     mask, window = inputs.attention_mask, inputs.rules["sliding_window"]
@@ -53,11 +57,11 @@ def spaced(inputs: Inputs) -> Inputs:
         seen &= mask
         own = torch.arange(max(kv_len - q_len, 0), kv_len)
         for b in range(query.shape[0]):
-            query[b, :, (own + q_len - kv_len)[~mask[b, own]]] = torch.nan
+            query[b, :, (own + q_len - kv_len)[~mask[b, own]]] = unseen
     if mask is not None and mask.dtype == torch.bool and mask.dim() == 4:
         seen &= mask.any((1, 2))
     for b in range(query.shape[0]):
-        key[b, :, ~seen[b]] = value[b, :, ~seen[b]] = torch.nan
+        key[b, :, ~seen[b]] = value[b, :, ~seen[b]] = unseen
     mask = mask if mask is None or mask.dim() == 2 else spread_mask(mask)
     return replace(
         inputs,
@@ -67,6 +71,26 @@ def spaced(inputs: Inputs) -> Inputs:
         image_mask=spread_mask(inputs.image_mask),
         attention_mask=mask,
     )
+
+
+KEPT: dict[int, torch.UntypedStorage] = {}  # by address, what was last copied from there
+
+
+def kept(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """A copy, the last one where it is still the same: the kernels of a layer read the same tensors."""
+
+    def data(of: torch.UntypedStorage) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8).set_(of)
+
+    last = KEPT.get(storage.data_ptr())
+    if last is None or not torch.equal(data(last), data(storage)):
+        last = KEPT[storage.data_ptr()] = storage.clone()
+    return last
+
+
+def digest(tensor: torch.Tensor) -> bytes:
+    """Of its elements' bits."""
+    return hashlib.blake2b(tensor.contiguous().view(torch.uint8).numpy(), digest_size=16).digest()
 
 
 class Replay:
@@ -86,14 +110,15 @@ class Replay:
                 counts.random_(0, 1000, generator=torch.Generator().manual_seed(tally))
             else:
                 counts[:] = 3
+                counts[:, -1] += 50 * min(tally, 1)
                 counts[:, (0, 127, -1)[tally]] += 100 * min(tally, 1)
             progress[:, 0] = 0
-        self.before = [s.clone() for s in self.memory.values()]
+        self.before = [kept(s) for s in self.memory.values()]
 
     def record(self) -> None:
         executable = Executable(self.launched.program)
         self.steps = self.run(executable, seed=SEEDS[0])
-        self.results = [t.clone() for t in self.launched.tensors]
+        self.results = [digest(t) for t in self.launched.tensors]
         self.happened = executable.reached()
 
     def run(self, executable: Executable, **options) -> int:
@@ -109,9 +134,8 @@ class Replay:
                 self.run(executable, seed=seed, limit=8 * self.steps + 10000)
             except Fault as fault:
                 return str(fault)
-            for want, got in zip(self.results, self.launched.tensors, strict=True):
-                if not torch.equal(want.contiguous().view(torch.uint8), got.contiguous().view(torch.uint8)):
-                    return "another result"
+            if self.results != [digest(t) for t in self.launched.tensors]:
+                return "another result"
         return ""
 
 
@@ -138,8 +162,15 @@ def launches(target: str, more: bool = True) -> list[Replay]:
         for problems in LAYERS + MORE_LAYERS * more:
             only = problems.only
             for inputs in problems.inputs():
-                threshold = exact(inputs)[-1] if inputs.key.shape[2] < 1000 else 0.0
-                run(spaced(inputs), threshold, "triton")
+                kv_len, level = inputs.key.shape[2], problems.level
+                if level is not None:
+                    run(spaced(inputs, unseen=0.0), level / kv_len, "triton")
+                else:
+                    run(
+                        spaced(inputs),
+                        exact(inputs)[-1] if max(kv_len, inputs.query.shape[2]) < 1000 else 0.0,
+                        "triton",
+                    )
         only = ()
         for problems in STEPS + MORE_STEPS * more:
             for inputs in map(spaced, problems.inputs()):

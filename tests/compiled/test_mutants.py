@@ -3,12 +3,13 @@
 import os
 
 import pytest
+import torch
 
 from ..support.cases import Case, exact, make, run
 from . import mutants, ptx
 from .emulator import Executable
 from .nothing import Flow, redundant
-from .replays import Replay, spaced
+from .replays import Replay, kept, spaced
 from .triton_launch import compiled
 
 SEED = int(os.environ.get("SEED", "0"))
@@ -102,3 +103,19 @@ def test_list_tells_fences_apart():
     sites = [m for m in mutants.mutants_of(kernel) if m.operator == "wgmma fence"]
     texts = [mutants.told(kernel, site).split(" | ")[-1] for site in sites]
     assert texts == [f"wgmma.fence.sync.aligned of {product} -> None" for product in ("%r2 %rd1 %rd2", "%r6 %rd3 %rd2")]
+
+
+def test_list_tells_branches_by_where_they_go():
+    body = dict(first=66, between="", types="f16.f16", result=6, rows="%rd3", after="", again="@%p2 bra $L1;")
+    (kernel,) = ptx.parse(FENCES.format(**body)).values()
+    sites = [m for m in mutants.mutants_of(kernel) if m.operator == "predicate"]
+    assert [" to earlier " in mutants.told(kernel, site) for site in sites] == [False, False, True]
+
+
+def test_copy_is_kept_while_it_is_the_same():
+    tensor = torch.zeros(3)
+    first = kept(tensor.untyped_storage())
+    assert kept(tensor.untyped_storage()) is first
+    tensor[1] = -0.0
+    second = kept(tensor.untyped_storage())
+    assert second is not first and list(first) == [0] * 12 and list(second)[7] == 0x80
