@@ -283,16 +283,16 @@ def told(kernel: Kernel, mutant: Mutant) -> str:
 def survey(
     targets, sample=0, seed=0, processes=1, operators=(), more=True, journal=None, seconds: float = math.inf
 ) -> Survey:
-    """sample: how many are tried, 0 for all. operators: of which ones, in this order, if not of all.
+    """sample: how many are tried of each target, 0 for all. operators: of which ones, in this order, if not of all.
 
     more: on MORE_LAYERS too. seconds: after which no more are tried. Which ones are, is as the seed says.
     """
-    journal = journal or Journal()
+    journal, end = journal or Journal(), time.monotonic() + seconds
     outcomes: list[tuple[str, Kernel, Mutant, str]] = []
-    kernels, trials = {}, []
     for target in targets:
+        kernels, trials = {}, []
         for build, replays in recorded(target, more).items():
-            kernels[target, build] = kernel = replays[0].launched.program.kernel
+            kernels[build] = kernel = replays[0].launched.program.kernel
             code = hashlib.sha256("\n".join(map(str, kernel.statements)).encode()).hexdigest()[:16]
             for mutant in mutants_of(kernel):
                 if operators and mutant.operator not in operators:
@@ -301,21 +301,21 @@ def survey(
                     trials.append(Trial(target, build, code, mutant, steps))
                 else:
                     outcomes.append((target, kernel, mutant, "unfelt"))
-    random.Random(seed).shuffle(trials)
-    found: dict[Trial, str | None] = {trial: journal.known(trial) for trial in trials[: sample or None]}
-    jobs = grouped([trial for trial, how in found.items() if how is None], seed, operators) if seconds else []
-    end = time.monotonic() + seconds
-    with ProcessPoolExecutor(processes, initializer=_start) as pool:
-        for job, hows in zip(jobs, pool.map(examine, jobs), strict=True):
-            found |= zip(job, hows, strict=True)
-            journal.add(job, hows)
-            if time.monotonic() > end:
-                break
-        pool.shutdown(wait=False, cancel_futures=True)
-    for trial in trials:
-        how = found.get(trial)
-        outcome = "untried" if how is None else "noticed" if how else "missed"
-        outcomes.append((trial.target, kernels[trial.target, trial.build], trial.mutant, outcome))
+        random.Random(seed).shuffle(trials)
+        found: dict[Trial, str | None] = {trial: journal.known(trial) for trial in trials[: sample or None]}
+        jobs = grouped([trial for trial, how in found.items() if how is None], seed, operators) if seconds else []
+        with ProcessPoolExecutor(processes, initializer=_start) as pool:
+            for job, hows in zip(jobs, pool.map(examine, jobs), strict=True):
+                found |= zip(job, hows, strict=True)
+                journal.add(job, hows)
+                if time.monotonic() > end:
+                    break
+            pool.shutdown(wait=False, cancel_futures=True)
+        for trial in trials:
+            how = found.get(trial)
+            outcome = "untried" if how is None else "noticed" if how else "missed"
+            outcomes.append((target, kernels[trial.build], trial.mutant, outcome))
+        del RECORDED[target]  # gigabytes
     return summed(outcomes)
 
 
@@ -350,7 +350,7 @@ def summed(outcomes: list[tuple[str, Kernel, Mutant, str]]) -> Survey:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sample", type=int, default=0, help="sites to try, chosen at random; 0: all")
+    parser.add_argument("--sample", type=int, default=0, help="sites to try of each target, chosen at random; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     targets = ["sm_80", "sm_90", *["cuda"] * (which("nvcc") is not None)]
     parser.add_argument("--target", nargs="+", default=targets, help="cuda: csrc/cuda, compiled by nvcc")

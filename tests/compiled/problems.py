@@ -272,6 +272,7 @@ MORE_LAYERS = [
 MORE_STEPS = [
     # The highest score in any of them, and so high that what is not scaled by it overflows.
     *[Problems(replace(steps.case, peak=30.0), steps.dtype, [(1, 8200)]) for steps in STEPS],
+    *[Problems(steps.case, steps.dtype, [(16, 300)]) for steps in STEPS],
     Problems(STEPS[0].case, BRAIN, [(7, 83), (2, 8200), (2, 512), (2, 1100), (1, 1500), (3, 2000)]),
     Problems(STEPS[1].case, HALF, [(3, 8200), (2, 512), (2, 1100), (1, 1500), (3, 2000)]),
 ]

@@ -219,6 +219,7 @@ def cuda_launches() -> list[Replay]:
 
 def by_build(replays: list[Replay], target: str) -> dict[str, list[Replay]]:
     """Every build with all of its launches, under a name."""
+    KEPT.clear()  # all is recorded
     builds: dict[int, list[Replay]] = defaultdict(list)
     for replay in replays:
         builds[id(replay.launched.program)].append(replay)
