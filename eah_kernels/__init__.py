@@ -16,7 +16,7 @@ from eah_kernels.api import (
     shared_map_attention,
     sink_statistics,
 )
-from eah_kernels.backends import BACKENDS, gluon_kernels
+from eah_kernels.backends import BACKENDS, gluon_kernels, untested_triton
 from eah_kernels.by_row import HeadsByRow, heads_by_row
 from eah_kernels.checks import MAX_HEAD_DIM
 from eah_kernels.masks import Scoring, shows
@@ -41,5 +41,6 @@ __all__ = [
     "shared_map_attention",
     "shows",
     "sink_statistics",
+    "untested_triton",
 ]
 __version__ = "0.1.0"

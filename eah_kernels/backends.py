@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -129,9 +130,8 @@ def untested_triton() -> str | None:
 
 @cache
 def _triton() -> tuple[int, ...]:
-    import triton
-
-    return tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:3])
+    version = import_module("triton").__version__
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 _triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in native/cpu.py

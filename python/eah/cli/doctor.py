@@ -10,8 +10,7 @@ from torch.torch_version import TorchVersion
 
 from eah.cli.messages import one_line
 from eah.eval.words import why_no_nltk, why_no_spacy
-from eah_kernels import BACKENDS, __version__, eah_attention, gluon_kernels, native_parts
-from eah_kernels.backends import untested_triton
+from eah_kernels import BACKENDS, __version__, eah_attention, gluon_kernels, native_parts, untested_triton
 from eah_kernels.testing import agrees
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pillow", "matplotlib", "nltk", "spacy")

@@ -14,7 +14,7 @@ from eah.transformers.find import attention_modules, family_of, head_dims, image
 from eah.transformers.handle import Handle
 from eah.transformers.layer import History, Settings, SwappedLayer, Warned, register
 from eah.transformers.modes import MODES, NOTES
-from eah_kernels.backends import untested_triton
+from eah_kernels import untested_triton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
