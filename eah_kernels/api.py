@@ -22,6 +22,7 @@ from eah_kernels.checks import (
     check_value,
     describe,
     receivers,
+    refuse_derivatives,
     require_tensors,
 )
 from eah_kernels.layout import empty_output
@@ -100,7 +101,8 @@ def eah_attention(
     Raises:
         TypeError, ValueError: an argument that does not fit, a backend that cannot be used here among them; the message
             names the argument and says why.
-        RuntimeError: an input requires grad under grad mode and the backend is not "reference".
+        RuntimeError: an input requires grad under grad mode, or has a tangent of forward-mode differentiation, and the
+            backend is not "reference".
     """
     scoring = check_scoring(query, key, attention_mask, causal, scale, sliding_window, softcap)
     check_value(query, key, value)
@@ -111,6 +113,7 @@ def eah_attention(
     # A number of heads is chosen from the statistics.
     function = "eah_attention" if number is None else "sink_statistics"
     backend = choose_backend(backend, Call(function, query, key, value, scoring))
+    refuse_derivatives(backend, query, key, value, attention_mask)
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         counts = query.new_zeros(query.shape[:2], dtype=torch.int32)
         return EAHResult(empty_output(query, value).zero_(), counts.new_full(query.shape[:1], -1), counts)
@@ -166,6 +169,7 @@ def sink_statistics(
     check_image_mask(image_mask, query.shape[0], key.shape[2], query.device)
     check_fraction("threshold", threshold, math.inf)
     backend = choose_backend(backend, Call("sink_statistics", query, key, None, scoring))
+    refuse_derivatives(backend, query, key, attention_mask)
     batch, heads, q_len, _ = query.shape
     if query.numel() == 0 or key.shape[2] == 0:
         counts = query.new_zeros(batch, heads, dtype=torch.int32)
@@ -282,6 +286,7 @@ def shared_map_attention(
             accepted = f"{shapes[0]} or {shapes[1]} bool on {query.device}"
             raise ValueError(f"receives must be {accepted}, got {describe(receives)}")
     backend = choose_backend(backend, Call("shared_map_attention", query, key, value, scoring))
+    refuse_derivatives(backend, query, key, value, attention_mask)
     if query.numel() == 0 or key.shape[2] == 0 or value.numel() == 0:
         return empty_output(query, value).zero_()
     with exact(query):

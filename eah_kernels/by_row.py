@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from eah_kernels import ops
-from eah_kernels.checks import check_fraction, check_image_mask, check_scoring, describe, require_tensors
+from eah_kernels.checks import (
+    check_fraction,
+    check_image_mask,
+    check_scoring,
+    describe,
+    refuse_derivatives,
+    require_tensors,
+)
 from eah_kernels.precision import exact
 
 
@@ -65,6 +72,7 @@ def heads_by_row(
     check_fraction("min_density", min_density, 1.0)
     _check_sums("column_sum", column_sum, (batch, heads, columns), (heads,), torch.float32, query.device)
     _check_sums("seeing", seeing, (batch, heads, columns), (1, heads), torch.int32, query.device)
+    refuse_derivatives("torch", query, key, attention_mask)
     arguments = query, key, image_mask, column_sum, seeing, threshold, min_density
     with exact(query):
         return HeadsByRow(*ops.heads_by_row(*arguments, *scoring, "torch"))

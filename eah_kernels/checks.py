@@ -6,11 +6,16 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from eah_kernels.masks import Scoring
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = torch.finfo(torch.float32).max
 MAX_HEAD_DIM = 256
+REFUSED = "eah_kernels: the torch, triton and native backends are for inference and query, key, value or attention_mask"
+REFUSED_GRAD = f'{REFUSED} requires grad: use backend="reference", or call under torch.no_grad()'
+REFUSED_TANGENT = f'{REFUSED} has a tangent of forward-mode differentiation: use backend="reference"'
 
 
 def check_scoring(query, key, attention_mask, causal, scale, sliding_window, softcap) -> Scoring:
@@ -34,16 +39,16 @@ def check_scoring(query, key, attention_mask, causal, scale, sliding_window, sof
         _check_attention_mask(attention_mask, query, kv_len)
     if sliding_window is not None and (type(sliding_window) is not int or sliding_window < 1):
         raise ValueError(f"sliding_window must be None or an int >= 1, got {sliding_window!r}")
-    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap must be None or a finite number > 0, got {softcap!r}")
+    if softcap is not None and not (_is_number(softcap) and 1e-30 <= softcap <= 1e30):  # inverted in float32
+        raise ValueError(f"softcap must be None or a number within 1e-30..1e30, got {softcap!r}")
     if sliding_window is not None and sliding_window >= kv_len:
         sliding_window = None
     if attention_mask is not None and attention_mask.dtype == torch.float64 != query.dtype:
         attention_mask = attention_mask.float()
     if scale is None:
         scale = head_dim**-0.5
-    elif not (_is_number(scale) and math.isfinite(scale)):
-        raise ValueError(f"scale must be None or a finite number, got {scale!r}")
+    elif not (_is_number(scale) and abs(scale) <= LARGEST):
+        raise ValueError(f"scale must be None or a number that float32 holds, got {scale!r}")
     return Scoring(attention_mask, causal, float(scale), sliding_window, softcap)
 
 
@@ -134,12 +139,25 @@ def _is_number(number) -> bool:
     return isinstance(number, (int, float)) and not isinstance(number, bool)
 
 
+def refuse_derivatives(backend: str, *tensors: Tensor | None) -> None:
+    """An op refuses gradients, too, but functorch's in other words, and a tangent would be lost without a word."""
+    if backend == "reference":
+        return
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        raise RuntimeError(REFUSED_GRAD)
+    level = getattr(forward_ad, "_current_level", 0)  # asked for only to save 3 us a call
+    if level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        raise RuntimeError(REFUSED_TANGENT)
+
+
 def require_tensors(**tensors) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {tensor.layout}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "a nested tensor" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {layout}")
 
 
 def describe(tensor: Tensor) -> str:

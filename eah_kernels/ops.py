@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eah_kernels.backends import ROWS
+from eah_kernels.checks import REFUSED_GRAD
 from eah_kernels.layout import empty_output
 from eah_kernels.masks import Scoring
 
@@ -125,12 +126,6 @@ def _(query, key, image_mask, column_sum, seeing, threshold, min_density, *scori
     mask_heads = max(seeing.shape[1], Scoring(*scoring_backend[:-1]).mask_heads)
     seeing = seeing.new_empty(batch, mask_heads, seeing.shape[2])
     return counts.new_empty(batch, q_len), counts, torch.empty_like(column_sum), seeing
-
-
-REFUSED_GRAD = (
-    "eah_kernels: the torch, triton and native backends are for inference and query, key, value or attention_mask "
-    'requires grad: use backend="reference", or call under torch.no_grad()'
-)
 
 
 def _refuse_grad(ctx, inputs, output):

@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def exact(query: Tensor) -> AbstractContextManager[object]:
-    """Scores are float32 under autocast, too."""
+    """Scores are float32 under autocast, too; the meta device has none."""
     device = query.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def reference_dtype(query: Tensor) -> torch.dtype:

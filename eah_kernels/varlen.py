@@ -18,10 +18,11 @@ from eah_kernels.checks import (
     check_value,
     describe,
     receivers,
+    refuse_derivatives,
     require_tensors,
 )
 from eah_kernels.masks import Scoring
-from eah_kernels.ops import REFUSED_GRAD, backend_module
+from eah_kernels.ops import backend_module
 from eah_kernels.precision import exact
 
 AT_ONCE = ("triton", "gluon")  # the backends with an `eah_attention_varlen`; the others take a sequence at a time
@@ -83,7 +84,8 @@ def eah_attention_varlen(
     number = receivers(broadcast_to, query.shape[1])
     backend = choose_backend(backend, Call("eah_attention_varlen", *batched, scoring))
     _check_out(out, query, value)
-    _refuse_grad(query, key, value, out, backend)
+    _refuse_grad_through(out, query, key, value)
+    refuse_derivatives(backend, query, key, value)
     output = query.new_empty(*query.shape[:2], value.shape[2]) if out is None else out
     arguments = query, key, value, image_mask, cu_seqlens, max_seqlen, output, threshold, min_density, number
     rules = scoring.scale, scoring.sliding_window, scoring.softcap, backend
@@ -223,10 +225,6 @@ def _reach(tensor: Tensor, step: int | None = None) -> int:
     return 1 + sum(stride * (size - 1) for stride, size in strides if step is None or stride % step)
 
 
-def _refuse_grad(query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, backend: str) -> None:
-    if not torch.is_grad_enabled():
-        return
-    if out is not None and any(tensor.requires_grad for tensor in (query, key, value, out)):
+def _refuse_grad_through(out: Tensor | None, *inputs: Tensor) -> None:
+    if out is not None and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, out)):
         raise RuntimeError("eah_kernels: no gradient flows through out; leave it out, or call under torch.no_grad()")
-    if backend != "reference" and any(tensor.requires_grad for tensor in (query, key, value)):
-        raise RuntimeError(REFUSED_GRAD)

@@ -44,6 +44,7 @@ BAD = [
     ("query", ValueError, dict(query=floats(B, 0, S, D))),
     ("query.*torch.sparse_coo", TypeError, dict(query=floats(B, H, S, D).to_sparse())),
     ("attention_mask.*torch.sparse_coo", TypeError, dict(attention_mask=floats(B, 1, S, S).to_sparse())),
+    ("query.*nested", TypeError, dict(query=torch.nested.nested_tensor([torch.zeros(H, S, D)] * B))),
     ("query", TypeError, dict(query=floats(B, H, S, D, dtype=torch.int32))),
     ("query", TypeError, dict(query=floats(B, H, S, D, dtype=torch.float8_e4m3fn))),
     ("query", ValueError, dict(query=floats(B, H, S, 257), key=floats(B, 2, S, 257))),
@@ -86,10 +87,14 @@ BAD = [
     ("broadcast_to", ValueError, dict(broadcast_to="some")),
     ("causal", TypeError, dict(causal=1)),
     ("scale", ValueError, dict(scale=float("inf"))),
+    ("scale", ValueError, dict(scale=-1e39)),
+    ("scale", ValueError, dict(scale=10**400)),
     ("sliding_window", ValueError, dict(sliding_window=0)),
     ("sliding_window", ValueError, dict(sliding_window=2.0)),
     ("softcap", ValueError, dict(softcap=0.0)),
     ("softcap", ValueError, dict(softcap=float("nan"))),
+    ("softcap", ValueError, dict(softcap=1e31)),
+    ("softcap", ValueError, dict(softcap=1e-31)),
     ("backend", ValueError, dict(backend="cuda")),
 ]
 
@@ -206,3 +211,13 @@ def test_nothing_to_attend_to(batch, rows, keys, form):
 def test_threshold_may_be_infinite():
     result = eah_attention(**arguments(threshold=float("inf")))
     assert result.head.tolist() == [-1] * B
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", NATIVE])
+def test_the_widest_softcap_is_none_and_the_narrowest_makes_attention_uniform(backend, kernel_device):
+    """The ends of what is accepted: nothing overflows, nothing is divided by zero."""
+    given = arguments(backend=backend)
+    given |= {name: t.to(kernel_device) for name, t in given.items() if isinstance(t, torch.Tensor)}
+    plain, uniform = eah_attention(**given), eah_attention(**given, scale=0.0)
+    torch.testing.assert_close(eah_attention(**given, softcap=1e30).output, plain.output)
+    torch.testing.assert_close(eah_attention(**given, softcap=1e-30).output, uniform.output)

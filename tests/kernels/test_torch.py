@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from eah_kernels import eah_attention, ops, sink_statistics
 
@@ -67,6 +68,51 @@ def test_inputs_that_require_grad_are_refused(backend, name, kernel_device):
         eah_attention(*tensors(inputs), inputs.image_mask, backend=backend)
     eah_attention(*tensors(inputs), inputs.image_mask, backend="reference").output.sum().backward()
     assert getattr(inputs, name).grad is not None
+
+
+def test_other_derivatives_are_refused_or_right():
+    """functorch's gradients and forward mode, of which torch tells an op nothing."""
+    inputs = make(CASES[0])
+    tangent = torch.ones_like(inputs.query)
+
+    def attention(query, backend="torch"):
+        return eah_attention(query, inputs.key, inputs.value, inputs.image_mask, backend=backend).output
+
+    def lse(query):
+        return sink_statistics(query, inputs.key, inputs.image_mask, backend="torch").lse
+
+    with pytest.raises(RuntimeError, match='requires grad: use backend="reference"'):
+        torch.func.grad(lambda query: attention(query).sum())(inputs.query)
+    for function in (attention, lse):
+        with pytest.raises(RuntimeError, match='tangent of forward-mode differentiation: use backend="reference"'):
+            torch.func.jvp(function, (inputs.query,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="tangent"):
+        attention(forward_ad.make_dual(inputs.query, tangent))
+    gradient = torch.func.grad(lambda query: attention(query, "reference").sum())(inputs.query)
+    _, along = torch.func.jvp(lambda query: attention(query, "reference").sum(), (inputs.query,), (tangent,))
+    torch.testing.assert_close(gradient.sum(), along)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+def test_on_the_meta_device(backend):
+    """Which has no autocast to leave."""
+    inputs = make(CASES[0])
+    query, key, value, image = (t.to("meta") for t in (*tensors(inputs), inputs.image_mask))
+    result = eah_attention(query, key, value, image, backend=backend)
+    assert [(t.shape, t.device.type) for t in result] == [((2, 4, 20, 16), "meta"), ((2,), "meta"), ((2, 4), "meta")]
+    assert sink_statistics(query, key, image, backend=backend).lse.shape == (2, 4, 20)
+
+
+def test_compiles_with_numbers_that_change():
+    inputs = make(CASES[0])
+    arguments = *tensors(inputs), inputs.image_mask
+
+    def layer(query, key, value, image_mask, **numbers):
+        return eah_attention(query, key, value, image_mask, backend="torch", **numbers).output
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    for numbers in (dict(threshold=0.02, scale=0.3), dict(threshold=0.05, scale=-0.2)):
+        torch.testing.assert_close(compiled(*arguments, **numbers), layer(*arguments, **numbers))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -243,6 +243,25 @@ def test_with_gradients(family, checkpointing):
         torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 
+def test_forward_mode_and_functorch():
+    """Derivatives that requires_grad does not tell of: of every logit along a tangent, and their sum's gradient."""
+    model, inputs = build("llava", "eager").requires_grad_(False), prompt("llava", *CASES["left padding"])
+    oracle, weight, real = tuned(model, inputs), model.get_input_embeddings().weight, inputs["attention_mask"].bool()
+    tangent = torch.randn_like(weight)
+
+    def logits_of(model, weight):
+        name = "model.language_model.embed_tokens.weight"
+        return torch.func.functional_call(model, {name: weight}, kwargs=inputs).logits
+
+    wanted = torch.func.jvp(lambda weight: logits_of(oracle.model, weight), (weight,), (tangent,))[1]
+    with eah.enable(model, threshold=oracle.threshold):
+        with torch.no_grad():
+            along = torch.func.jvp(lambda weight: logits_of(model, weight), (weight,), (tangent,))[1]
+        gradient = torch.func.grad(lambda weight: logits_of(model, weight)[real].sum())(weight)
+    close(along, wanted, real)
+    torch.testing.assert_close((gradient * tangent).sum(), along[real].sum(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.seam
 def test_attention_maps_are_those_used():
     model, inputs = build("llava", "eager"), prompt("llava", *CASES["a row without image"])

@@ -38,7 +38,7 @@ def call_of_prompt(layer: SwappedLayer, forward: Forward, prompt: Prompt) -> Cal
     """
     query, q_len = forward.query, forward.query.shape[2]
     key, value = forward.key[:, :, :q_len], forward.value[:, :, :q_len]
-    return Call(*as_under_autocast(query, key, value), _scoring_of_prompt(layer, forward, prompt))
+    return Call(*for_the_kernels(query, key, value), _scoring_of_prompt(layer, forward, prompt))
 
 
 def _scoring_of_prompt(layer: SwappedLayer, forward: Forward, prompt: Prompt) -> Scoring:
@@ -83,7 +83,7 @@ def call_on_cache(layer: SwappedLayer, forward: Forward) -> Call:
         scoring = _scoring(forward, mask, _is_causal(layer, forward), forward.keywords.get("sliding_window"))
     else:
         scoring = _scoring(forward, None if mask is None else _dense(mask, forward.query.device), False)
-    return Call(*as_under_autocast(forward.query, key, value), scoring)
+    return Call(*for_the_kernels(forward.query, key, value), scoring)
 
 
 def _scoring(forward: Forward, mask: Tensor | None, causal: bool, window: int | None = None) -> Scoring:
@@ -112,10 +112,14 @@ def as_base_leaves_blind_rows(output: Tensor, forward: Forward, scoring: Scoring
     return torch.where(blind[..., None], mean[:, :, None], output)
 
 
-def as_under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """RoPE leaves query and key wider than value under autocast; scaled_dot_product_attention casts them so too."""
+def for_the_kernels(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Without derivatives, which come from the base implementation (`Forward.wants_the_base`).
+
+    RoPE leaves query and key wider than value under autocast; scaled_dot_product_attention casts them so, too.
+    """
+    query, key, value = query.detach(), key.detach(), value.detach()
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     return query.to(dtype), key.to(dtype), value.to(dtype)

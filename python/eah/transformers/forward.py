@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from eah.reasons import Reason
 from eah.transformers import cache
@@ -82,12 +83,14 @@ class Forward:
         return self.base(self.view, query, key, value, mask, **self.keywords)
 
     def wants_the_base(self, layer: SwappedLayer) -> bool:
-        """Gradients and attention maps come from the base implementation, run on the chosen head's query and key.
+        """Derivatives and attention maps come from the base implementation, run on the chosen head's query and key.
 
         transformers skips a layer that returns None for its maps: the maps of the next would be taken for this one's.
         """
-        arrived = self.query, self.key, self.value, self.mask
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arrived):
+        arrived = [a for a in (self.query, self.key, self.value, self.mask) if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(a.requires_grad for a in arrived):
+            return True
+        if any(unpack_dual(a).tangent is not None for a in arrived):  # of forward-mode differentiation
             return True
         if self.implementation != "eager":
             return False
