@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import statistics
 import types
 from collections import Counter
@@ -110,6 +111,14 @@ def test_looks_of_unknown_settings_are_not_taken(run):
     (run.out / "run.json").unlink()
     status, _, err = run("--limit", 2, **{"--prompt": "Why?"})
     assert status == 0 and len(run.looks) == 4, err
+
+
+def test_a_name_that_is_no_utf8(run, pictures):
+    name = os.fsdecode(b"\xff.png")
+    (pictures / "0.png").rename(pictures / name)
+    status, _, err = run("--limit", 7)
+    assert status == 0, err
+    assert json.loads((run.out / "inspect.json").read_text())["pictures"][-1]["image"] == name
 
 
 def test_an_interrupted_run_keeps_what_it_has(run, pictures):

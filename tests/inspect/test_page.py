@@ -121,6 +121,7 @@ def test_layers_by_default_and_all():
         (("--max-new-tokens", 0), {}, 2, "must be an int >= 1"),
         (("--max-new-tokens", 3), {}, 1, "--max-new-tokens is of --compare, which was not given"),
         (("--answers", ""), {}, 1, "--answers is of --images, which was not given"),
+        ((), {"--prompt": "a\udcff"}, 2, "argument --prompt: must be UTF-8, got 'a\\udcff'"),
         ((), {"--image": ""}, 1, "there is no picture"),
         ((), {"--out": __file__}, 1, f"--out must be a folder, and {__file__} is a file"),
     ],

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from eah.cli.messages import one_line
 from eah.cli.models import models_table, models_text
-from eah.eval.command import add_eval
+from eah.eval.command import add_eval, count, utf8
 from eah.transformers.families import family_table
 from eah.transformers.modes import MODES
 
@@ -106,7 +106,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID", help="a model folder, or an id on the hub")
     add("--image", required=True, metavar="FILE")
-    add("--prompt", required=True, metavar="TEXT")
+    add("--prompt", required=True, type=utf8, metavar="TEXT")
     add(
         "--layers",
         type=_layers,
@@ -132,7 +132,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--image", metavar="FILE", help="the picture to look at")
     which.add_argument("--images", metavar="DIR", help="a folder of pictures: what they have in common")
-    add("--prompt", required=True, metavar="TEXT")
+    add("--prompt", required=True, type=utf8, metavar="TEXT")
     add("--out", required=True, metavar="DIR", help="where inspect.html, inspect.json and the pictures are written")
     add(
         "--layers",
@@ -143,8 +143,8 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threshold", type=float, default=0.002, help="mean attention of a vision sink (default: 0.002)")
     add("--compare", action="store_true", help="of --image: also answer without and with EAH, and show what changes")
-    add("--max-new-tokens", type=_count, metavar="N", help="of --compare (default: 128)")
-    add("--limit", type=_count, metavar="N", help="of --images: only the first N by name")
+    add("--max-new-tokens", type=count, metavar="N", help="of --compare (default: 128)")
+    add("--limit", type=count, metavar="N", help="of --images: only the first N by name")
     add("--calibrate", action="store_true", help="of --images: at which layer and threshold the choice is well defined")
     add("--answers", metavar="DIR", help="of --images: the --out of eah eval run, density against hallucination")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
@@ -183,12 +183,6 @@ def _numbers(words: list[list[int]]) -> list[int]:
 def _layers_or_all(text: str) -> list[int]:
     """[] for all."""
     return [] if text == "all" else _layers(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an int >= 1, got {text!r}")
-    return int(text)
 
 
 def _heads(text: str) -> int | str:

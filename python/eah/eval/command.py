@@ -52,8 +52,8 @@ def _add_data(parser) -> None:
         metavar="PATH",
         help="pope: question files; chair: the folder of COCO's annotations; amber: its data; mmhal: the template",
     )
-    parser.add_argument("--limit", type=_count, metavar="N", help="only N images")
-    parser.add_argument("--subsets", type=_count, default=1, metavar="K", help="K disjoint subsets of --limit images")
+    parser.add_argument("--limit", type=count, metavar="N", help="only N images")
+    parser.add_argument("--subsets", type=count, default=1, metavar="K", help="K disjoint subsets of --limit images")
     parser.add_argument("--seed", type=int, metavar="S", help="of the choice of --limit images (default: 0)")
     parser.add_argument("--image-list", metavar="FILE", help="only these images, one a line")
 
@@ -69,11 +69,15 @@ def _add_model(parser) -> None:
     knobs.add_argument("--backend", default="auto")
     knobs.add_argument("--no-base", action="store_true", help="without the model as it is")
     how = parser.add_argument_group("generation: greedy, whatever the model's folder says")
-    how.add_argument("--batch-size", type=_count, default=1, metavar="N")
-    how.add_argument("--max-new-tokens", type=_count, metavar="N", help="(default: 10 of pope, 512 of the others)")
-    how.add_argument("--prompt", metavar="TEXT", help="of chair")
-    how.add_argument("--prompt-suffix", default="none", metavar="none|llava|vcd|TEXT", help="after every question")
-    how.add_argument("--prompt-format", metavar="TEXT", help="with <image> and {}, in place of the chat template")
+    how.add_argument("--batch-size", type=count, default=1, metavar="N")
+    how.add_argument("--max-new-tokens", type=count, metavar="N", help="(default: 10 of pope, 512 of the others)")
+    how.add_argument("--prompt", type=utf8, metavar="TEXT", help="of chair")
+    how.add_argument(
+        "--prompt-suffix", type=utf8, default="none", metavar="none|llava|vcd|TEXT", help="after every question"
+    )
+    how.add_argument(
+        "--prompt-format", type=utf8, metavar="TEXT", help="with <image> and {}, in place of the chat template"
+    )
     how.add_argument("--generation", type=_setting, nargs="+", default=[], metavar="KEY=VALUE", help="of transformers")
     how.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="of sampling, a part each")
     how.add_argument("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
@@ -104,10 +108,19 @@ def _add_scoring(parser) -> None:
     parser.add_argument("--unfinished", choices=("keep", "drop"), help="of CHAIR: what follows the last full stop")
     parser.add_argument("--vectors", metavar="spacy:MODEL|FILE|none", help="of AMBER: what tells similar words")
     parser.add_argument("--synonyms", metavar="FILE", help="of CHAIR (default: synonyms.txt in the data folder)")
-    parser.add_argument("--resamples", type=_count, default=2000, metavar="N", help="of the bootstrap (default: 2000)")
+    parser.add_argument("--resamples", type=count, default=2000, metavar="N", help="of the bootstrap (default: 2000)")
 
 
-def _count(text: str) -> int:
+def utf8(text: str) -> str:
+    """A byte that is no UTF-8 arrives as half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"must be UTF-8, got {text!r}") from error
+    return text
+
+
+def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an int >= 1, got {text!r}")
     return int(text)

@@ -120,7 +120,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8", newline="\n")
+        # A file's name that is no UTF-8 has half characters; escaped, JSON reads them back as they were.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value) -> None:
