@@ -37,7 +37,7 @@ import torch
 
 from .emulator import CAME, GUARD_FALSE, GUARD_TRUE, SENSITIVE, TOOK_FIRST, TOOK_SECOND, Executable
 from .lowering import Program
-from .nothing import BARRIERS, Flow, always, either_way, guards, redundant, uses
+from .nothing import BARRIERS, Flow, always, either_way, guards, idle, redundant, unread, uses
 from .ptx import Kernel, Statement
 from .replays import SEEDS, Replay, by_build, cuda_launches, launches
 
@@ -58,6 +58,7 @@ class Mutant(NamedTuple):
 
 def mutants_of(kernel: Kernel) -> Iterator[Mutant]:
     guarding, used, true, flow = guards(kernel), uses(kernel), always(kernel), Flow(kernel)
+    never_read = unread(kernel)
     for at, statement in enumerate(kernel.statements):
         for operator, other, feels in changes(statement):
             if operator in ("barrier", "proxy fence", "wgmma fence", "wgmma wait") and redundant(flow, at):
@@ -67,7 +68,7 @@ def mutants_of(kernel: Kernel) -> Iterator[Mutant]:
                     continue
                 if statement.operands[0] not in guarding:
                     operator = "comparison"
-            if operator == "predicate" and other and statement.guard in true:
+            if operator == "predicate" and (statement.guard in true if other else idle(statement, never_read)):
                 continue
             yield Mutant(operator, at, other, feels)
 

@@ -50,6 +50,25 @@ def always(kernel: Kernel) -> set[str]:
     return {register for register, ways in written.items() if ways == {("mov.pred", "-1", "")}}
 
 
+def unread(kernel: Kernel) -> set[str]:
+    """The registers that values are only loaded or moved to: a load of nothing else, left out, changes nothing."""
+    written, read = set(), set()
+    for s in kernel.statements:
+        first, others = s.operands[:1], s.operands[1:]
+        if s.opcode.startswith(("mov.", "ld.")):
+            written.update(r for operand in first for r in _registers(operand))
+        else:
+            others = s.operands
+        read.update([s.guard], (r for operand in others for r in _registers(operand)))
+    return written - read
+
+
+def idle(statement: Statement, unread: set[str]) -> bool:
+    """Whether a statement is a plain load that nobody needs."""
+    plain = statement.opcode.startswith(("ld.global", "ld.shared")) and "acquire" not in statement.opcode
+    return plain and set(_registers(statement.operands[0])) <= unread
+
+
 class Flow:
     """A kernel's statements and which of them may come next: from each on (step 1) and back (-1)."""
 

@@ -196,6 +196,9 @@ MORE_LAYERS = [
         for image, rows, spoilt in (("absent", 256, 128), ("middle", 256, 128), ("middle", 224, 160))
     ],
     # More than 128 cells, of which those that are seen, and the whole ones, are of one warp or another.
+    Problems(PADDED, HALF, [(20, 8192)]),
+    Problems(MASKED, BRAIN, [(20, 8192)]),
+    Problems(replace(MASKED, image="middle"), BRAIN, [(8192, 40)], seeing=((0, 8192),), only=SINKS),
     *[Problems(PADDED, HALF, [(20, 8300)], shown=shown) for shown in CELLS],
     *[Problems(MASKED, BRAIN, [(20, 8300)], shown=shown, only=ATTEND) for shown in CELLS[:4]],
     *[

@@ -119,3 +119,40 @@ def test_copy_is_kept_while_it_is_the_same():
     tensor[1] = -0.0
     second = kept(tensor.untyped_storage())
     assert second is not first and list(first) == [0] * 12 and list(second)[7] == 0x80
+
+
+LOADS = """
+.visible .entry kernel()
+.reqntid 128
+{{
+	.reg .pred %p<9>;
+	.reg .b32 %r<9>;
+	.reg .b64 %rd<9>;
+	mov.u32 %r1, %tid.x;
+	setp.lt.s32 %p1, %r1, 7;
+	mov.u32 %r3, %r1;
+	@%p1 {load};
+	{use};
+	ret;
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("load", "use", "nothing"),
+    [
+        ("ld.global.b32 {%r3}, [%rd1+0]", "mov.u32 %r3, %r1", True),
+        ("ld.shared.b32 %r3, [%r1+0]", "mov.u32 %r4, %r1", True),
+        ("ld.global.b32 {%r3}, [%rd1+0]", "mov.u32 %r4, %r3", False),
+        ("ld.global.b32 {%r3}, [%rd1+0]", "st.shared.b32 [%r3+0], %r1", False),
+        ("ld.global.b32 {%r3}, [%rd1+0]", "st.shared.b32 [%r1+0], %r3", False),
+        ("ld.shared.b32 %r3, [%r1+0]", "ld.shared.b32 %r4, [%r3+0]", False),
+        ("ld.global.v2.b32 {%r3,%r5}, [%rd1+0]", "add.s32 %r4, %r5, %r1", False),
+        ("ld.global.acquire.gpu.b32 {%r3}, [%rd1+0]", "mov.u32 %r4, %r1", False),
+        ("st.shared.b32 [%r1+0], %r1", "mov.u32 %r4, %r1", False),
+    ],
+)
+def test_load_that_nobody_reads(load, use, nothing):
+    (kernel,) = ptx.parse(LOADS.format(load=load, use=use)).values()
+    sites = [m for m in mutants.mutants_of(kernel) if m.operator == "predicate" and m.statement is None]
+    assert (not sites) == nothing
