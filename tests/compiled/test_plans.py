@@ -53,6 +53,7 @@ class Gpu:
 
     def __init__(self):
         self.builds, self.launched, self.number = Counter(), [], next(self.numbers)
+        self.fused = set()  # whether products and sums are one instruction
 
     def get_current_device(self):
         return self.number
@@ -70,6 +71,7 @@ def gpu():
 
     def compile_nothing(kernel, key, signature, device, constexprs, options, attrs, warmup):
         there.builds[kernel.fn.__name__] += 1
+        there.fused.add(options.enable_fp_fusion)
         return kernel.device_caches[device][0].setdefault(key, Build(kernel, there.launched))
 
     plan._kept.cache_clear()
@@ -309,6 +311,14 @@ def test_a_triton_that_was_not_tested_is_asked_every_time(gpu, monkeypatch):
             step(100)
         assert own.call_count == 4
     assert len(gpu.launched) == 8
+
+
+@pytest.mark.tritons
+def test_products_and_sums_are_fused_whatever_the_default(gpu, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # as Triton 3.10 has it
+    prompt(1000, masks(1000)[1])
+    step(100)
+    assert gpu.fused == {True}
 
 
 def test_a_step_keeps_all_multiprocessors_busy_to_the_end():
