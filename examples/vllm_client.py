@@ -7,11 +7,12 @@ import base64
 import json
 import sys
 from mimetypes import guess_type
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 DEFAULTS = ["http://localhost:8000", "", "What is in the picture?"]
 URL, PICTURE, QUESTION = sys.argv[1:4] + DEFAULTS[len(sys.argv) - 1 :]
+URL = URL.rstrip("/")
 
 
 def ask(eah: str) -> str:
@@ -19,7 +20,7 @@ def ask(eah: str) -> str:
     if PICTURE:
         with open(PICTURE, "rb") as file:
             data = base64.b64encode(file.read()).decode()
-        url = f"data:{guess_type(PICTURE)[0]};base64,{data}"
+        url = f"data:{guess_type(PICTURE)[0] or 'image/png'};base64,{data}"
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 64, "temperature": 0}
     body["vllm_xargs"] = {"eah": eah}  # without it, the server's default
@@ -31,5 +32,7 @@ def ask(eah: str) -> str:
 try:
     print("with EAH:   ", ask("on"))
     print("without EAH:", ask("off"))
+except HTTPError as error:
+    print(f"{URL} answers {error}: {error.read().decode()}")
 except URLError as error:
     print(f"no answer from {URL}: {error}; docs/vllm.md says how a server is started")

@@ -148,7 +148,10 @@ class Mode(enum.Enum):
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("split", [True, False])
 def test_cuda_graphs_in_which_eah_would_not_run(mode, split):
-    compilation = SimpleNamespace(cudagraph_mode=mode, splitting_ops=[], splitting_ops_contain_attention=lambda: split)
+    passes = SimpleNamespace(fuse_attn_quant=False)
+    compilation = SimpleNamespace(
+        cudagraph_mode=mode, splitting_ops=[], splitting_ops_contain_attention=lambda: split, pass_config=passes
+    )
     if mode is Mode.FULL or (not split and mode in (Mode.PIECEWISE, Mode.FULL_AND_PIECEWISE)):
         with pytest.raises(ValueError, match=r"^eah: .*FULL_AND_PIECEWISE"):
             check_graphs(compilation, "off")
@@ -159,6 +162,9 @@ def test_cuda_graphs_in_which_eah_would_not_run(mode, split):
                 check_graphs(compilation, "hold")
         else:
             check_graphs(compilation, "hold")
+    passes.fuse_attn_quant = True
+    with pytest.raises(ValueError, match=r"^eah: .*\(fuse_attn_quant\): set it to false"):
+        check_graphs(compilation, "off")
 
 
 class Attention:

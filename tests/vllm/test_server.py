@@ -69,6 +69,9 @@ def test_the_example_client(server, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "with EAH:    " in done.stdout and "without EAH: " in done.stdout
+    (tmp_path / "no picture").write_text("text")
+    done = subprocess.run([*command[:3], str(tmp_path / "no picture")], cwd=ROOT, capture_output=True, text=True)
+    assert f"{server.url} answers HTTP Error 4" in done.stdout and "image" in done.stdout
 
 
 @pytest.mark.skipif(not LOAD, reason="takes minutes: make test-vllm LOAD=1")

@@ -130,7 +130,11 @@ def _of_budgets(scheduler: Any) -> Iterator[str]:
 
 
 def check_graphs(compilation: Any, decode: str) -> None:
-    """Refuses CUDA graphs in which a prompt's attention would be replayed, or with decode="hold" a later row's."""
+    """Refuses CUDA graphs in which a prompt's attention would be replayed, or with decode="hold" a later row's, and
+    an attention that is fused with what follows it.
+    """
+    if name_of(name_of(compilation, "pass_config"), "fuse_attn_quant"):
+        refuse("the attention's output is quantized within it (fuse_attn_quant): set it to false in the pass_config")
     mode = name_of(compilation, "cudagraph_mode")
     if not mode:
         return
