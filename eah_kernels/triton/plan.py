@@ -50,8 +50,9 @@ def plan_of(function: str, problem: Problem, value_dim: int, *tensors: Tensor | 
     if not knows_triton():
         return Plan()
     runtime = triton.knobs.runtime
-    hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
-    if any(hooks) or runtime.debug or triton.knobs.compilation.instrumentation_mode or torch.version.hip:
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    if hooked or runtime.debug or triton.knobs.compilation.instrumentation_mode or torch.version.hip:
         return Plan()
     query, key, mask = problem.query, problem.key, problem.mask
     shapes = *query.shape[:2], key.shape[1], value_dim, mask is not None and mask.shape[:2]
