@@ -109,9 +109,9 @@ def pack(problem: Problem, given: Tensor) -> Launch:
     batch, heads = mask.shape[:2]
     if problem.rules.BY_KEY:
         given = given if given.stride(1) == 1 else given.contiguous()
-        arguments = {name: problem.arguments[name] for name in ("mask", "kv_len")}
-        arguments |= dict(shown_ptr=given.view(torch.uint8), stride=given.stride(0))
-        return Launch(_pack_keys_kernel, batch, TILE, arguments)
+        shown = dict(shown_ptr=given.view(torch.uint8), stride=given.stride(0))
+        shown |= {name: problem.arguments[name] for name in ("mask", "kv_len")}
+        return Launch(_pack_keys_kernel, batch, TILE, shown)
     rows, keys = padded(q_len), padded(kv_len)
 
     def empty(*shape, dtype=torch.uint8):
