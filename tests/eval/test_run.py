@@ -166,7 +166,11 @@ def test_sampling_resumed_equals_sampling_at_one_go(saved_model, tmp_path, capsy
 
 
 def start(saved_model, out, *more):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([f"{ROOT}", f"{ROOT / 'python'}", *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "eah", *arguments(saved_model, out, *more)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

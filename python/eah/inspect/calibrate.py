@@ -13,7 +13,7 @@ import torch
 
 import eah
 from eah.eval.files import read_json, write_json
-from eah.inspect.look import inputs_of, upright
+from eah.inspect.look import inputs_of
 from eah.inspect.many import commonest
 from eah.inspect.numbers import divergence
 
@@ -99,7 +99,7 @@ def first_token_kl(
     for path, record in list(zip(paths, records, strict=True))[::step]:
         digest = record["sha256"]
         if digest not in known:
-            inputs = inputs_of(processor, upright(load(path)), prompt).to(model.device, model.dtype)
+            inputs = inputs_of(processor, load(path), prompt).to(model.device, model.dtype)
             plain = model(**inputs).logits[0, -1]
             with eah.enable(model, layers=(layer,), threshold=threshold):
                 known[digest] = divergence(plain, model(**inputs).logits[0, -1])

@@ -49,17 +49,25 @@ def png(figure, colours: int = 96) -> bytes:
     return small.getvalue()
 
 
-def inked(axes, grid: bool = False):
-    """The axes in the colour of INK, without a box."""
+def inked(axes, grid: bool = False, lines: bool = True):
+    """The axes in the colour of INK, without a box; lines: those of x and y are drawn."""
     axes.set_facecolor("none")
     axes.tick_params(colors=INK, labelsize=8, length=3)
     axes.xaxis.label.set(color=INK, fontsize=9)
     axes.yaxis.label.set(color=INK, fontsize=9)
     for side, spine in axes.spines.items():
-        spine.set(color=INK, visible=side in ("left", "bottom"))
+        spine.set(color=INK, visible=lines and side in ("left", "bottom"))
     if grid:
         axes.grid(color=INK, alpha=0.2, linewidth=0.6)
     return axes
+
+
+def colour_bar(figure, drawn, axes, label: str, form: str | None = None, shrink: float = 1.0) -> None:
+    """The scale of what is drawn in the axes, beside them."""
+    bar = figure.colorbar(drawn, ax=axes, aspect=30, pad=0.02, shrink=shrink, format=form)
+    bar.set_label(label, color=INK, fontsize=9)
+    inked(bar.ax)
+    bar.outline.set_visible(False)
 
 
 def colours_of(low: float, high: float):
@@ -91,7 +99,7 @@ def sinks(look: Look, threshold: float) -> bytes:
     told = heads <= CELLS_WITH_TEXT
     width, height = (0.52, 0.34) if told else (0.21, 0.21)
     figure = new_figure(1.3 + width * heads, 1.15 + height * len(numbers), layout="constrained")
-    axes = inked(figure.add_subplot())
+    axes = inked(figure.add_subplot(), lines=False)
     drawn = None
     highest = max(layer.counts(threshold).max().item() / layer.column_mean.shape[1] for layer in look.layers)
     top = max(math.ceil(10 * highest) / 10, 0.1)
@@ -121,13 +129,7 @@ def sinks(look: Look, threshold: float) -> bytes:
     axes.set(xlabel="head", ylabel="layer", aspect="auto", xlim=(-0.5, heads - 0.5), ylim=(len(numbers) - 0.5, -0.5))
     axes.set_yticks(range(len(numbers)), numbers)
     axes.set_xticks(range(0, heads, 1 if told else 4))
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if drawn is not None:
-        bar = figure.colorbar(drawn, ax=axes, aspect=30, pad=0.02, format="{x:.0%}")
-        bar.set_label("image tokens that are sinks", color=INK, fontsize=9)
-        inked(bar.ax)
-        bar.outline.set_visible(False)
+    colour_bar(figure, drawn, axes, "image tokens that are sinks", "{x:.0%}")
     return png(figure)
 
 
@@ -136,14 +138,12 @@ def scale(colours, threshold: float) -> bytes:
     figure = new_figure(5.4, 0.82, layout="constrained")
     axes = figure.add_subplot()
     bar = figure.colorbar(colours, cax=axes, orientation="horizontal")
-    inked(axes)
+    inked(axes, lines=False)
     axes.set_xlabel("mean attention that an image token gets")
     low, high = colours.norm.vmin, colours.norm.vmax
     if low < threshold < high:
         axes.axvline(threshold, color=MARK, linewidth=2.5)
         axes.text(threshold, 1.15, f"threshold {threshold:g}", color=MARK, fontsize=9, ha="center", va="bottom")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     bar.outline.set_visible(False)
     return png(figure, 256)
 
@@ -220,7 +220,7 @@ def attention_map(kept: Tensor, tokens: int, positions: Sequence[int], sink_posi
     from matplotlib.patches import Polygon
 
     figure = new_figure(3.3, 3.35, layout="constrained")
-    axes = inked(figure.add_subplot())
+    axes = inked(figure.add_subplot(), lines=False)
     low = 0.05 / tokens
     hidden = torch.ones(len(kept), len(kept)).triu(1).bool() if kept.shape[0] == kept.shape[1] else None
     shown = kept.masked_fill(hidden, torch.nan) if hidden is not None and not kept[hidden].any() else kept
@@ -238,8 +238,6 @@ def attention_map(kept: Tensor, tokens: int, positions: Sequence[int], sink_posi
         at = [position + 0.5 for position in sink_positions]
         axes.plot(at, [-0.012 * tokens] * len(at), "|", color=MARK, markersize=5, markeredgewidth=0.6, clip_on=False)
     axes.set(xlabel="token attended to", ylabel="token that attends", xlim=(0, tokens), ylim=(tokens, 0))
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     return png(figure, 64)
 
 

@@ -49,7 +49,7 @@ def look_at_all(
     """The records of these pictures and the calibration's thresholds. What `out` holds of them already is taken from
     there; each new record is on the disk before the next picture is looked at.
 
-    named: what else the records depend on, the model's folder among it. load: from a path to a PIL image.
+    named: what else the records depend on, the model's folder among it. load: from a path to an upright PIL image.
 
     Raises:
         ValueError: `out` was begun with other settings.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from eah.inspect.figures import CELLS_WITH_TEXT, FIRST, INK, MARK, SPARSE, inked, new_figure, png
+from eah.inspect.figures import CELLS_WITH_TEXT, FIRST, INK, MARK, SPARSE, colour_bar, inked, new_figure, png
 
 PLACES = 12  # layers whose sinks' places are drawn, at most
 
@@ -15,7 +15,7 @@ def wins(common: Sequence[dict], heads: int) -> bytes:
     told = heads <= CELLS_WITH_TEXT
     width, height = (0.52, 0.34) if told else (0.21, 0.21)
     figure = new_figure(1.3 + width * heads, 1.15 + height * len(common), layout="constrained")
-    axes = inked(figure.add_subplot())
+    axes = inked(figure.add_subplot(), lines=False)
     shares = [[one["wins"].get(str(head), 0) / one["pictures"] for head in range(heads)] for one in common]
     drawn = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for y, line in enumerate(shares):
@@ -26,17 +26,8 @@ def wins(common: Sequence[dict], heads: int) -> bytes:
     axes.set(xlabel="head", ylabel="layer")
     axes.set_yticks(range(len(common)), [one["layer"] for one in common])
     axes.set_xticks(range(0, heads, 1 if told else 4))
-    _bar(figure, drawn, axes, "pictures in which it wins", "{x:.0%}")
+    colour_bar(figure, drawn, axes, "pictures in which it wins", "{x:.0%}")
     return png(figure)
-
-
-def _bar(figure, drawn, axes, label: str, form: str | None = None) -> None:
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    bar = figure.colorbar(drawn, ax=axes, aspect=30, pad=0.02, format=form)
-    bar.set_label(label, color=INK, fontsize=9)
-    inked(bar.ax)
-    bar.outline.set_visible(False)
 
 
 def density_and_agreement(common: Sequence[dict]) -> bytes:
@@ -68,10 +59,7 @@ def places(common: Sequence[dict]) -> bytes:
             cells = [[math.nan if v is None else v for v in line] for line in shown[number]["places"]]
             drawn = axes.imshow(cells, cmap="inferno", vmin=0, vmax=1)
             axes.set_title(f"layer {shown[number]['layer']}", color=INK, fontsize=9)
-    bar = figure.colorbar(drawn, ax=every, aspect=30, shrink=0.9, format="{x:.0%}")
-    bar.set_label("of the tokens are sinks", color=INK, fontsize=9)
-    inked(bar.ax)
-    bar.outline.set_visible(False)
+    colour_bar(figure, drawn, every, "of the tokens are sinks", "{x:.0%}", shrink=0.9)
     return png(figure)
 
 
@@ -92,7 +80,7 @@ def margins(cells: Sequence[dict], candidates: Sequence[dict], own: float) -> by
     thresholds = sorted({cell["threshold"] for cell in cells})
     values = [[0.0] * len(thresholds) for _ in layers]
     figure = new_figure(1.6 + 0.26 * len(thresholds), 1.3 + 0.26 * len(layers), layout="constrained")
-    axes = inked(figure.add_subplot())
+    axes = inked(figure.add_subplot(), lines=False)
     for cell in cells:
         y, x = layers.index(cell["layer"]), thresholds.index(cell["threshold"])
         values[y][x] = cell["margin"]
@@ -110,5 +98,5 @@ def margins(cells: Sequence[dict], candidates: Sequence[dict], own: float) -> by
     axes.set_yticks(range(len(layers)), layers)
     ticks = range(0, len(thresholds), 4)
     axes.set_xticks(ticks, [f"{thresholds[tick]:.2g}" for tick in ticks])
-    _bar(figure, drawn, axes, "margin, of the image tokens")
+    colour_bar(figure, drawn, axes, "margin, of the image tokens")
     return png(figure)
