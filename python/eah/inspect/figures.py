@@ -23,6 +23,7 @@ INK = "#808890"  # of text and axes
 FIRST, SPARSE, OTHERS, MARK = "#e4572e", "#2a9d8f", "#9aa3ab", "#ff2d6f"
 CELLS_WITH_TEXT = 16  # heads, at most
 COLOURS = "inferno"
+LABELLED = 2.4  # inches of height at least, for the label of a colour bar
 SHADE = 0.62  # of the colour over the picture
 
 
@@ -98,7 +99,7 @@ def sinks(look: Look, threshold: float) -> bytes:
     numbers = sorted({*(layer.layer for layer in look.layers), *look.without_map})
     told = heads <= CELLS_WITH_TEXT
     width, height = (0.52, 0.34) if told else (0.21, 0.21)
-    figure = new_figure(1.3 + width * heads, 1.15 + height * len(numbers), layout="constrained")
+    figure = new_figure(1.3 + width * heads, max(1.15 + height * len(numbers), LABELLED), layout="constrained")
     axes = inked(figure.add_subplot(), lines=False)
     drawn = None
     highest = max(layer.counts(threshold).max().item() / layer.column_mean.shape[1] for layer in look.layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from eah.inspect.figures import CELLS_WITH_TEXT, FIRST, INK, MARK, SPARSE, colour_bar, inked, new_figure, png
+from eah.inspect.figures import CELLS_WITH_TEXT, FIRST, INK, LABELLED, MARK, SPARSE, colour_bar, inked, new_figure, png
 
 PLACES = 12  # layers whose sinks' places are drawn, at most
 
@@ -14,7 +14,7 @@ def wins(common: Sequence[dict], heads: int) -> bytes:
     """How often each head (column) wins in each layer (row)."""
     told = heads <= CELLS_WITH_TEXT
     width, height = (0.52, 0.34) if told else (0.21, 0.21)
-    figure = new_figure(1.3 + width * heads, 1.15 + height * len(common), layout="constrained")
+    figure = new_figure(1.3 + width * heads, max(1.15 + height * len(common), LABELLED), layout="constrained")
     axes = inked(figure.add_subplot(), lines=False)
     shares = [[one["wins"].get(str(head), 0) / one["pictures"] for head in range(heads)] for one in common]
     drawn = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
@@ -79,7 +79,7 @@ def margins(cells: Sequence[dict], candidates: Sequence[dict], own: float) -> by
     layers = sorted({cell["layer"] for cell in cells})
     thresholds = sorted({cell["threshold"] for cell in cells})
     values = [[0.0] * len(thresholds) for _ in layers]
-    figure = new_figure(1.6 + 0.26 * len(thresholds), 1.3 + 0.26 * len(layers), layout="constrained")
+    figure = new_figure(1.6 + 0.26 * len(thresholds), max(1.3 + 0.26 * len(layers), LABELLED), layout="constrained")
     axes = inked(figure.add_subplot(), lines=False)
     for cell in cells:
         y, x = layers.index(cell["layer"]), thresholds.index(cell["threshold"])
