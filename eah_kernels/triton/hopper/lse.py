@@ -79,7 +79,7 @@ def consume(rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, col
     full = 0
     if keys is not None:
         span = whole_or_none(intersect(span, keys.seen, 0, kv_len, BLOCK_N), BLOCK_N)
-        full = span.full // BLOCK_N
+        full = gl.maximum(span.full // BLOCK_N, 0)
     last = gl.where(start_m < q_len, gl.maximum(gl.cdiv(span.last, BLOCK_N), 0), 0)
     mbarrier.wait(rows_ready, 0)
     if keys is not None:

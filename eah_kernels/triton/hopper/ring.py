@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LENGTHS = ["q_len", "kv_len"]  # not specialised on
@@ -49,6 +55,29 @@ def bring(ring, n, desc, b, h, start):
     mbarrier.wait(ring.empty.index(place), (n // STAGES & 1) ^ 1)
     mbarrier.expect(ring.ready.index(place), desc.block_type.nbytes)
     load_tile(desc, [b, h, start, 0], ring.ready.index(place), ring.tiles.index(place))
+
+
+@gluon.jit
+def bring_cleared(ring, n, desc, b, h, start, shown_ptr, landed, before):
+    """As `bring`, with zeros in place of the rows that shown_ptr hides, whatever the memory holds: 0 * NaN is NaN in a
+    product. landed: a mbarrier for nothing else; before: how many tiles were brought by it."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    BLOCK: gl.constexpr = ring.tiles.shape[3]
+    PIECES: gl.constexpr = ring.tiles.shape[2] * ring.tiles.shape[4] // 64  # in which a row of 64 columns is 128 bytes
+    place = n % STAGES
+    mbarrier.wait(ring.empty.index(place), (n // STAGES & 1) ^ 1)
+    mbarrier.expect(landed, desc.block_type.nbytes)
+    load_tile(desc, [b, h, start, 0], landed, ring.tiles.index(place))
+    mbarrier.wait(landed, before & 1)
+    LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    lines = reinterpret(ring.tiles.index(place), gl.int32, [PIECES * BLOCK, 32], LINES)
+    zeros = gl.full([32], 0, gl.int32, gl.BlockedLayout([32], [32], [1], [0]))
+    for row in range(BLOCK):
+        if gl.load(shown_ptr + row) == 0:
+            for piece in gl.static_range(PIECES):
+                lines.index(piece * BLOCK + row).store(zeros)
+    fence_async_shared()  # the product reads as TMA writes, past what threads wrote
+    mbarrier.arrive(ring.ready.index(place), count=1)
 
 
 @gluon.jit

@@ -94,8 +94,8 @@ def consume(
     if rows is not None:
         span = Span(start_m + first * BLOCK_M, start_m + full * BLOCK_M, q_len, q_len, False)
         span = whole_or_none(intersect(span, rows.seen, offset, kv_len, BLOCK_M), BLOCK_M)
-        first, full = (span.first - start_m) // BLOCK_M, (span.full - start_m) // BLOCK_M
-        edge = gl.cdiv(span.edge - start_m, BLOCK_M)
+        first, full = (span.first - start_m) // BLOCK_M, gl.maximum(span.full - start_m, 0) // BLOCK_M
+        edge = gl.cdiv(gl.maximum(span.edge - start_m, 0), BLOCK_M)
         last = gl.minimum(gl.maximum(gl.cdiv(span.last - start_m, BLOCK_M), 0), blocks)
     first = gl.minimum(first, last)
     full = gl.minimum(full, last)
