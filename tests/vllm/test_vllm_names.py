@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from eah.reasons import Reason
 from eah.vllm import engine_args
+from eah.vllm.plan import Plan, Prompt, Run
 from eah.vllm.refusals import check_engine
+from eah.vllm.report import Tally
 from eah.vllm.requests import STREAMED, asked
 from eah.vllm.settings import Settings
 
@@ -69,6 +72,33 @@ def test_every_chunk_of_a_streamed_session_stands_aside(monkeypatch):
         scheduler.requests["a"] = chunk
     assert [asked(chunk, Settings()) for chunk in taken] == [(STREAMED, True)] * 2
     assert taken[1].sampling_params.extra_args["other"] == 1 and given.extra_args["eah"] == "on"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_that_passes_eah_by_is_told_and_one_that_fails_is_not(monkeypatch, fails):
+    from vllm import SamplingParams
+
+    from eah.vllm import Worker
+
+    def compute(self, scheduler_output):
+        self._eah_plan = plan  # as its metadata builder makes it; no layer takes it
+        if fails:
+            raise RuntimeError("vLLM's")
+        return "output"
+
+    worker, plan = Worker.__new__(Worker), Plan([Run([Prompt("b", 6, 3)], slice(0, 6), None, None, 6)], {}, {}, [])
+    worker._eah_settings, worker._eah_tally, worker._eah_holding = Settings(), Tally(lambda outcome: None), []
+    monkeypatch.setattr(Worker.__base__, "execute_model", compute)
+    image = SimpleNamespace(modality="image")
+    new = SimpleNamespace(req_id="a", sampling_params=SamplingParams(), mm_features=[image])
+    step = SimpleNamespace(finished_req_ids=[], num_scheduled_tokens={"a": 6, "b": 6}, scheduled_new_reqs=[new])
+    if fails:
+        with pytest.raises(RuntimeError, match="vLLM's"):
+            worker.execute_model(step)
+    else:
+        assert worker.execute_model(step) == "output"
+    assert worker._eah_tally.report()["stood_aside"] == ({} if fails else {Reason.NOT_REACHED.value: 2})
+    assert worker._eah_plan is None and not worker._eah_scheduled
 
 
 @pytest.mark.parametrize("name", ["Worker", "Scheduler"])

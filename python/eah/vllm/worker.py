@@ -127,6 +127,9 @@ class Worker(Base):
         self._eah_due = [new.req_id for new in scheduler_output.scheduled_new_reqs if enhances(new, self._eah_settings)]
         try:
             return super().execute_model(scheduler_output)
+        except Exception:  # vLLM's: what it did not compute did not pass EAH by
+            self._eah_plan, self._eah_due = None, []
+            raise
         finally:
             self._end_step()
 
