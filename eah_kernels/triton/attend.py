@@ -13,8 +13,8 @@ import triton.language as tl
 
 from eah_kernels.triton.bundles import CELL, NO_MASK, Columns, Heads, Layer, RowBlock, Sizes
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, value_groups, view, view_lines
-from eah_kernels.triton.loads import at, cells_of, head_of, load_operand, load_values, mask_of, row_of, value_columns
-from eah_kernels.triton.ranges import AFTER, key_range, place, walk
+from eah_kernels.triton.loads import at, head_of, load_operand, load_values, mask_of, row_of, value_columns
+from eah_kernels.triton.ranges import AFTER, cells_of, key_range, place, walk
 from eah_kernels.triton.scores import LOWEST, running_exps, score_block
 from eah_kernels.triton.sequences import lse_of, sequence_of
 from eah_kernels.triton.tiles import Tile
@@ -34,8 +34,7 @@ def attend_rows(
     out = row_of(head_of(out, b, first_value * R.GROUP if SHARED else h), start_m)
     cells, words, seen_of = packed.cells, packed.words, packed.seen
     if R.MASK != NO_MASK:
-        mask = mask_of(mask, b, h, R)
-        cells = cells_of(cells, mask, b, h, sizes.kv_len, R)
+        mask, cells = mask_of(mask, b, h, R), cells_of(cells, mask, b, h, sizes.kv_len, R)
     if not R.BY_KEY:
         words, seen_of = head_of(words, b, h), row_of(head_of(seen_of, b, h), start_m // CELL)
 

@@ -183,7 +183,7 @@ def rules_for(
 def kernel_mask(mask: Tensor | None, by_key: bool = True) -> tuple[Tensor | None, int, float]:
     """The mask as the kernels read it, 4-D, its form, and the highest entry that hides a key.
 
-    by_key: of a (B, Skv) mask, room for what pack.py makes of it: of a batch row 4 bytes a key, and the KeyMask.
+    by_key: of a (B, Skv) mask, room for what pack.py makes of it, 10 bytes a key.
     """
     if mask is None:
         return None, NO_MASK.value, 0.0

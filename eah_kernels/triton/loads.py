@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import BOOL_MASK, KEY_MASK, PAD, Columns, KeyMask, Operand, View
+from eah_kernels.triton.bundles import BOOL_MASK, PAD, Columns, KeyMask, Operand, View
 
 
 @triton.jit
@@ -25,24 +25,6 @@ def mask_of(mask, b, h, R: tl.constexpr, ODD: tl.constexpr = False):
         found = View(ptr, mask.b, mask.h, mask.row >> 1, mask.column)
     else:
         found = head_of(mask, b, h)
-    return found
-
-
-@triton.jit
-def key_mask(mask, kv_len):
-    """mask: at one batch row, as launch.kernel_mask makes room for it."""
-    keys = tl.cdiv(kv_len, PAD) * PAD + PAD
-    shown = at(mask.ptr, 2, keys).to(tl.pointer_type(tl.uint8))
-    return KeyMask(at(mask.ptr, 1, keys).to(tl.pointer_type(tl.int32)), shown, shown + keys)
-
-
-@triton.jit
-def cells_of(cells, mask, b, h, kv_len, R: tl.constexpr):
-    """The view of a head's cells. mask: at that head."""
-    if R.MASK == KEY_MASK:
-        found = View(key_mask(mask, kv_len).cells, 0, 0, 0, 1)
-    else:
-        found = head_of(cells, b, h)
     return found
 
 
@@ -124,3 +106,11 @@ def has_image_token(image, kv_len):
         found = tl.sum(tl.load(image + key, mask=key < kv_len, other=0).to(tl.int32), 0)
         start += 1024
     return found != 0
+
+
+@triton.jit
+def key_mask(mask, kv_len):
+    """mask: at one batch row, as launch.kernel_mask makes room for it."""
+    keys = tl.cdiv(kv_len, PAD) * PAD + PAD
+    shown = at(mask.ptr, 2, keys).to(tl.pointer_type(tl.uint8))
+    return KeyMask(at(mask.ptr, 1, keys).to(tl.pointer_type(tl.int32)), shown, shown + keys)

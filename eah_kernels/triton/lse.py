@@ -10,17 +10,8 @@ import triton.language as tl
 
 from eah_kernels.triton.bundles import LSE_PAD, NO_MASK, RowBlock, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
-from eah_kernels.triton.loads import (
-    at,
-    cells_of,
-    count_image_tokens,
-    has_image_token,
-    head_of,
-    load_operand,
-    mask_of,
-    row_of,
-)
-from eah_kernels.triton.ranges import AFTER, key_range, place, walk
+from eah_kernels.triton.loads import at, count_image_tokens, has_image_token, head_of, load_operand, mask_of, row_of
+from eah_kernels.triton.ranges import AFTER, cells_of, key_range, place, walk
 from eah_kernels.triton.scores import LOWEST, running_exps, score_block
 from eah_kernels.triton.sequences import is_past, lse_of, sequence_of
 
@@ -59,8 +50,7 @@ def _lse_kernel(
             return
     q, k = head_of(q, b, h), head_of(k, b, h // R.GROUP)
     if R.MASK != NO_MASK:
-        mask = mask_of(mask, b, h, R)
-        cells = cells_of(cells, mask, b, h, kv_len, R)
+        mask, cells = mask_of(mask, b, h, R), cells_of(cells, mask, b, h, kv_len, R)
     if not R.BY_KEY:
         words = head_of(words, b, h)
 

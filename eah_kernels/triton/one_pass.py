@@ -66,8 +66,9 @@ def _one_pass_kernel(
     q, k, mask, image, minus_lse, mass, tally, threshold, choice, batch, heads, q_len, window, scale,
     R: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q_len rows and as many keys, KEYS at most. mass: a line for each block of rows. AHEAD: a tile of keys is loaded
-    during the product of the one before."""
+    """q_len rows and as many keys, KEYS at most. mask: a (B, Skv) one's lines (pack.py), or None. mass: a line for each
+    block of rows. AHEAD: a tile of keys is loaded during the product of the one before.
+    """
     batch, cu_seqlens, tokens = batch
     pid = tl.program_id(0)
     b = pid % batch

@@ -5,7 +5,8 @@ From the cells the other kernels learn which key blocks they can leave out (all 
 the mask itself. Causality, window and bounds are in the bits; in the words for `sinks`, which lie along the rows, the
 rows that do not count and every row's own key are hidden too. All that is kept takes 2.3 bits an entry of the mask. A
 (B, Skv) mask gets no words: the kernels read it by key, and its cells are CELL keys. What is kept of a batch row of it
-is one line of memory: a kernel finds the parts from its length (loads.key_mask).
+is one line of memory, 0 or -inf for each key and then the KeyMask: 4 + 4 + 1 + 1 bytes a key, as a cell takes no more.
+A kernel finds the parts from the number of keys (loads.key_mask).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from eah_kernels.triton.bundles import BIASED, CELL, NO_MASK, SHOWS, Span
-from eah_kernels.triton.loads import at, key_mask
+from eah_kernels.triton.bundles import BIASED, CELL, KEY_MASK, NO_MASK, SHOWS, Span, View
+from eah_kernels.triton.loads import at, head_of, key_mask
 
 # The side of the whole blocks at which the split ones lie
 BEFORE: tl.constexpr = tl.constexpr(0)
@@ -146,3 +146,13 @@ def seeing_rows(key, sizes, mask, R: tl.constexpr):
         before = key_mask(mask, sizes.kv_len).before
         rows = tl.load(before + until) - tl.load(before + since)
     return rows - own.to(tl.int32)
+
+
+@triton.jit
+def cells_of(cells, mask, b, h, kv_len, R: tl.constexpr):
+    """The view of a head's cells."""
+    if R.MASK == KEY_MASK:
+        found = View(key_mask(head_of(mask, b, 0), kv_len).cells, 0, 0, 0, 1)
+    else:
+        found = head_of(cells, b, h)
+    return found

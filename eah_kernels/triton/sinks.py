@@ -10,8 +10,8 @@ import triton.language as tl
 
 from eah_kernels.triton.bundles import BIAS_MASK, CELL, NO_MASK, Choice, Pairs, Sizes, Tally
 from eah_kernels.triton.launch import LENGTHS, Launch, Problem, cdiv, view_lines
-from eah_kernels.triton.loads import at, cells_of, dot_rows, head_of, load_operand, mask_of, row_of
-from eah_kernels.triton.ranges import BEFORE, place, row_range, seeing_rows, walk
+from eah_kernels.triton.loads import at, dot_rows, head_of, load_operand, mask_of, row_of
+from eah_kernels.triton.ranges import BEFORE, cells_of, place, row_range, seeing_rows, walk
 from eah_kernels.triton.scores import add_entries, counting_rows, score_tile, shown_keys, unpack
 from eah_kernels.triton.sequences import lse_of, sequence_of
 
@@ -74,8 +74,7 @@ def _sinks_kernel(
         return
     q, k, minus_lse = head_of(q, b, h), head_of(k, b, h // R.GROUP), head_of(minus_lse, b, h)
     if R.MASK != NO_MASK:
-        mask = mask_of(mask, b, h, R)
-        cells = cells_of(cells, mask, b, h, kv_len, R)
+        mask, cells = mask_of(mask, b, h, R), cells_of(cells, mask, b, h, kv_len, R)
     if not R.BY_KEY:
         words, counts_of = head_of(words, b, h), head_of(counts_of, b, h)
 
