@@ -44,7 +44,9 @@ def is_whole(start_m, start_n, sizes, R: tl.constexpr, BLOCK_M: tl.constexpr, BL
 
 
 @triton.jit
-def count_sinks(mass, image, mask, blocks, sizes, threshold, R: tl.constexpr, LINES: tl.constexpr, KEYS: tl.constexpr):
+def count_sinks(
+    mass, image, mask, blocks, sizes, threshold, R: tl.constexpr, LINES: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
     """The sinks among KEYS keys, whose sums over the rows lie in `blocks` lines of mass."""
     line = tl.arange(0, LINES)[:, None]
     key = tl.arange(0, KEYS)
