@@ -211,6 +211,15 @@ def test_generate_says_that_weights_are_broken(capsys, saved_model, tmp_path):
     assert status == 1 and "weights" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "processor_config.json", "tokenizer.json"])
+def test_generate_says_that_the_processor_is_broken(capsys, saved_model, tmp_path, name, content):
+    for file in saved_model[0].iterdir():
+        (tmp_path / file.name).write_bytes(content.encode() if file.name == name else file.read_bytes())
+    status, out, err = generate(capsys, saved_model, "--model", tmp_path)
+    assert status == 1 and out == "" and err.count("\n") == 1 and str(tmp_path) in err
+
+
 def test_an_id_that_the_hub_does_not_give(capsys, saved_model, monkeypatch):
     from transformers import AutoConfig
 

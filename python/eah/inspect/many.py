@@ -194,7 +194,7 @@ def hallucinations(folder: str | Path) -> tuple[str, dict[str, float]]:
                 total[0] += wrong
                 total[1] += of
     if not sums:
-        raise ValueError(f"--answers {folder}: nothing there is judged picture by picture (chair, pope and amber are)")
+        raise ValueError(f"--answers {folder}: no answer there names an object (chair) or is a yes or no (pope, amber)")
     return variant, {picture: wrong / of for picture, (wrong, of) in sums.items()}
 
 

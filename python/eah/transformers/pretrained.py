@@ -77,7 +77,10 @@ def load_pretrained(source: str, dtype: str, device: torch.device, trust_remote_
 
     no_bars_in_files()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    processor = AutoProcessor.from_pretrained(source, **options)
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # by which of its files is broken, and how
+        raise ValueError(f"the processor of {source} cannot be read: {error}") from error
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"{source} has no processor of pictures and text: it is no vision-language model")
     try:
