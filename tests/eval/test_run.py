@@ -240,7 +240,7 @@ def test_answers_of_which_nothing_says_how_they_were_made(saved_model, finished,
     shutil.copytree(finished / "answers", tmp_path / "out/answers")
     status, out, err = run(capsys, saved_model, tmp_path / "out", *SWEEP)
     assert status == 1 and out == "" and err.count("\n") == 1
-    assert f"{tmp_path / 'out'} has answers, and no run.json that says how they were made" in err
+    assert f"{tmp_path / 'out'} has results, and no run.json that says how they were made" in err
 
 
 def test_settings_without_an_answer_bind_nothing(saved_model, tmp_path, capsys):

@@ -106,11 +106,12 @@ def test_a_second_run_goes_on_and_gives_the_same(run, pictures):
 
 
 def test_looks_of_unknown_settings_are_not_taken(run):
-    """Who deletes run.json to be let in with another prompt gets that prompt's looks."""
+    """Who deletes run.json to be let in with another prompt is not given the looks of this one."""
     assert run("--limit", 2)[0] == 0
     (run.out / "run.json").unlink()
-    status, _, err = run("--limit", 2, **{"--prompt": "Why?"})
-    assert status == 0 and len(run.looks) == 4, err
+    status, out, err = run("--limit", 2, **{"--prompt": "Why?"})
+    assert status == 1 and out == "" and err.count("\n") == 1 and len(run.looks) == 2
+    assert f"{run.out} has results, and no run.json that says how they were made" in err
 
 
 def test_a_name_that_is_no_utf8(run, pictures):

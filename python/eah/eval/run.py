@@ -46,13 +46,13 @@ def tasks(variants: Mapping[str, Variant], base: bool, parts: Mapping[str, list[
 def check_settings(out: Path, settings: dict) -> None:
     """Refuses a folder that holds answers made with other settings, naming them; the settings may be some of them."""
     if any(file.stat().st_size for file in (out / "answers").glob("*.jsonl")):
-        if not (out / "run.json").exists():
-            raise ValueError(f"{out} has answers, and no run.json that says how they were made: name another --out")
         refuse_other_settings(out, settings)
 
 
 def refuse_other_settings(out: Path, settings: dict) -> None:
-    """Raises ValueError where they are not those of run.json."""
+    """Raises ValueError where they are not those of run.json, or nothing says what those were."""
+    if not (out / "run.json").exists():
+        raise ValueError(f"{out} has results, and no run.json that says how they were made: name another --out")
     before = read_json(out / "run.json")
     was, now = _flat({name: before.get(name) for name in settings}), _flat(settings)
     names = [name for name in {**now, **was} if name not in NOT_COMPARED and was.get(name) != now.get(name)]

@@ -52,17 +52,17 @@ def look_at_all(
     named: what else the records depend on, the model's folder among it. load: from a path to an upright PIL image.
 
     Raises:
-        ValueError: `out` was begun with other settings.
+        ValueError: `out` was begun with other settings, or nothing says with which.
     """
     settings = {**named, "prompt": prompt, "threshold": threshold, "versions": versions()}
-    grid, begun = None, (out / "run.json").exists()
-    if begun:
+    grid = None
+    if (out / "run.json").exists() or (out / "looks").exists():
         refuse_other_settings(out, settings)
         grid = read_json(out / "run.json")["thresholds"]
     records = []
     for path in paths:
         kept, digest = out / "looks" / f"{path.name}.json", sha256(path)
-        record = read_json(kept) if begun and kept.exists() else None  # else nothing says of which settings it is
+        record = read_json(kept) if kept.exists() else None
         if record is None or record.get("sha256") != digest:
             seen = look(model, processor, load(path), prompt, threshold=threshold, pictured=())
             if grid is None:
