@@ -352,6 +352,10 @@ def main() -> int:
     call = backends.Call("eah_attention", tensor, tensor, tensor, Scoring())
     missing = {name: why_not[name](call) for name in asked.backends if name in why_not}
     names = [name for name in asked.backends if not missing.get(name)]
+    if "triton" in names:
+        from ..support.interpreter import replace_once_a_launch
+
+        replace_once_a_launch()
     print(
         f"seed {seed}, backends {', '.join(names)}", *(f"without {n}: {w}" for n, w in missing.items() if w), sep="\n"
     )

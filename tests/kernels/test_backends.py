@@ -57,8 +57,8 @@ SPLIT = [  # longer than a cell of the Triton kernels (64): blocks that a mask h
     Case(mask="bias_few", q_len=140, causal=False, heads=2, kv_heads=1, image="first", softcap=5.0),
 ]
 LONG = [
-    Case(q_len=648, batch=1, image="middle", peak=1.0),
-    Case(q_len=648, batch=1, kv_heads=1, image="absent", mask="left"),
+    Case(q_len=648, batch=1, heads=2, kv_heads=2, image="middle", peak=1.0),
+    Case(q_len=648, batch=1, heads=2, kv_heads=1, image="absent", mask="left"),
     Case(q_len=1023, batch=1, heads=2, kv_heads=1, image="scattered"),
 ]
 

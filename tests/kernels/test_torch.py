@@ -127,7 +127,7 @@ MEASURE = """
 import resource, torch
 from eah_kernels import eah_attention, torch_blocked
 torch.set_num_threads(2)
-S, H, D = 4096, 8, 64
+S, H, D = 4096, 2, 64
 q, k, v = (torch.randn(1, H, S, D) for _ in range(3))
 image = torch.arange(S)[None] < 600
 eah_attention(q[:, :, :256], k[:, :, :256], v[:, :, :256], image[:, :256], backend="torch")
