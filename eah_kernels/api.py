@@ -90,7 +90,7 @@ def eah_attention(
         causal: hide the keys after row i's own position i + Skv - Sq; combined with attention_mask.
         scale: multiplies q . k; default 1 / sqrt(D).
         sliding_window: hide the keys at own position - sliding_window and before; >= 1.
-        softcap: c > 0 turns the scaled score s into c * tanh(s / c).
+        softcap: c within 1e-30..1e30 turns the scaled score s into c * tanh(s / c).
         backend: "auto" (see backends.py), "reference" (eager, differentiable), "torch" (blocked, any device),
             "triton" (CUDA or ROCm device, or TRITON_INTERPRET=1) or "native" (the C++ extension: CPU, and on CUDA
             devices what native/cuda.py takes). A named backend never falls back.
