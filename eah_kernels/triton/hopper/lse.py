@@ -108,14 +108,28 @@ def consume(rows, rows_ready, ring, out_ptr, start_m, blocks, q_len, kv_len, col
 
 
 @gluon.jit
-def count_image_tokens(image, b, kv_len):
-    """Of one batch row of the image mask."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    count = gl.full([1024], 0, gl.int32, LAYOUT)
-    for start in range(0, kv_len, 1024):
-        key = start + gl.arange(0, 1024, LAYOUT)
-        count += gl.load(at(image, b, kv_len) + key, mask=key < kv_len, other=0).to(gl.int32)
+def image_tokens_at(image_ptr, start, kv_len):
+    """Of 1024 keys of one batch row of the image mask, 0 past its end."""
+    key = start + gl.arange(0, 1024, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    return gl.load(image_ptr + key, mask=key < kv_len, other=0).to(gl.int32)
+
+
+@gluon.jit
+def count_image_tokens(image_ptr, kv_len):
+    count = image_tokens_at(image_ptr, 0, kv_len)
+    for start in range(1024, kv_len, 1024):
+        count += image_tokens_at(image_ptr, start, kv_len)
     return gl.sum(count, 0)
+
+
+@gluon.jit
+def has_image_token(image_ptr, kv_len):
+    """Reads up to the first."""
+    found, start = 0, 0
+    while (found == 0) & (start < kv_len):
+        found = gl.sum(image_tokens_at(image_ptr, start, kv_len), 0)
+        start += 1024
+    return found != 0
 
 
 @gluon.jit(do_not_specialize=[*LENGTHS, "columns"])
@@ -145,13 +159,13 @@ def _lse_kernel(
         if h < 0:
             return
     if image is not None:
-        image_tokens = count_image_tokens(image, b, kv_len)
+        image_ptr = at(image, b, kv_len)
         if start_m == 0:
             gl.store(tally.counts + b * heads + h, 0)
             if h == 0:
                 gl.store(tally.progress + 2 * b, 0)
-                gl.store(tally.progress + 2 * b + 1, image_tokens)
-        if image_tokens == 0:
+                gl.store(tally.progress + 2 * b + 1, count_image_tokens(image_ptr, kv_len))
+        if not has_image_token(image_ptr, kv_len):
             return
 
     rows = gl.allocate_shared_memory(q.dtype, [GROUPS] + q.block_type.shape, q.layout)
