@@ -24,7 +24,7 @@ from eah_kernels.triton.bundles import (
     Values,
     View,
 )
-from eah_kernels.triton.tiles import FAST, FAST_MASKED, SHORT, FastTile, Tile, find_short_tile, find_tile
+from eah_kernels.triton.tiles import FAST, SHORT, FastTile, Tile, find_short_tile, find_tile
 
 LOG2E = math.log2(math.e)
 LENGTHS = ["q_len", "kv_len", "window"]  # not specialised on: most new prompt lengths compile nothing
@@ -121,8 +121,7 @@ class Problem:
     def fast_tile(self, kernel: str, value: Tensor | None = None) -> FastTile | None:
         """The row of a Gluon kernel, where it may run; None for the Triton kernel. value: if the kernel reads it."""
         head_dim = self.query.shape[-1]
-        suits = self.fast and (self.mask is None or head_dim in FAST_MASKED[kernel])
-        suits = suits and (value is None or (value.shape[-1] == head_dim and suits_tma(value)))
+        suits = self.fast and (value is None or (value.shape[-1] == head_dim and suits_tma(value)))
         return FAST[kernel].get(self.target, {}).get(head_dim) if suits else None
 
     def _suits_gluon(self, scoring: Scoring) -> bool:

@@ -250,8 +250,6 @@ FAST = {
     "sinks": {"sm_90": {64: FastTile(128, 192, 4), 128: FastTile(128, 192, 4)}},
     "attend": {"sm_90": {64: FastTile(128, 64, 3, 256), 128: FastTile(128, 64, 3, 256)}},
 }
-# Under a (B, Skv) mask, these head dims of them. sinks at 128 spills 24 bytes on triton 3.6.0.
-FAST_MASKED = {"lse": (64, 128), "sinks": (64,), "attend": (64, 128)}
 AS_LONGER = (None, None, None)  # the rows of TILES serve short prompts, too
 # For prompts up to SHORT. one_pass loads a tile of keys during the product of the one before where num_stages is 2.
 SHORT_TILES: dict[str, dict[str, dict[str, tuple[Tile | None, ...]]]] = {

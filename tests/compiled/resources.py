@@ -51,7 +51,7 @@ from eah_kernels.masks import Scoring
 from eah_kernels.triton import attend, few_rows, lse, one_pass, pack, sinks
 from eah_kernels.triton.bundles import Choice, Tally
 from eah_kernels.triton.launch import Launch, Problem
-from eah_kernels.triton.tiles import FAST, FAST_MASKED, HEAD_DIMS, ONCE, SHORT, SHORT_TILES, TILES, FastTile
+from eah_kernels.triton.tiles import FAST, HEAD_DIMS, ONCE, SHORT, SHORT_TILES, TILES, FastTile
 
 from .fences import unfenced_reads
 from .sass import EXPS_A_CLOCK, ISSUES_A_CLOCK, MATRIX_A_CLOCK, Loop, spills_in_loops, steady_loop, whole_program
@@ -223,7 +223,7 @@ def rows(everything: bool) -> list[Row]:
         for kernel in FAST
         for target in FAST[kernel]
         for dim in FAST[kernel][target]
-        for mask in ("bias", "key")[: 1 + (dim in FAST_MASKED[kernel])]
+        for mask in ("bias", "key")
     ]
     targets = TARGETS if everything else ("sm_90",)
     return table + [Row("pack", target, "masked", 128, mask) for target in targets for mask in ("key", "bias")]

@@ -84,14 +84,15 @@ def test_statistics_and_a_given_head():
         check(Case(q_len=150, kv_len=210, heads=2, kv_heads=2, image="scattered"), "triton", HALF)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
     "shown",
     [((0, 640),), ((0, 100), (130, 131), (190, 400), (470, 640)), ((256, 384),), ((0, 64),)],
     ids=str,
 )
-def test_a_mask_by_key(shown):
+def test_a_mask_by_key(shown, dim):
     """Whole tiles, split ones and hidden ones, also where a batch row has no others; what the mask hides is NaN."""
-    inputs = make(Case(q_len=430, kv_len=640, heads=2, kv_heads=1, dim=64, mask="left", image="scattered"), HALF)
+    inputs = make(Case(q_len=430, kv_len=640, heads=2, kv_heads=1, dim=dim, mask="left", image="scattered"), HALF)
     hide_all_but(shown, inputs)
     _, _, counts, lse, mean, threshold = exact(inputs)
     results, names = [], set()
