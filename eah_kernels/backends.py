@@ -16,7 +16,7 @@ from torch import Tensor
 from eah_kernels.masks import Scoring
 from eah_kernels.native import cpu, cuda
 
-TRITONS = ((3, 6), (3, 7), (3, 8), (3, 9))  # `make compiled TRITON=...` passes on a release of each
+TRITONS = ((3, 6), (3, 7), (3, 8), (3, 9))  # compiled kernels of a release of each were executed: docs/install.md
 
 
 class Call(NamedTuple):

@@ -42,7 +42,7 @@ def test_every_one_of_an_operator(operator, kernel):
         assert replay.caught(Executable(mutants.changed(program, site))), site
 
 
-FENCES = """
+HEAD = """
 .visible .entry kernel()
 .reqntid 128
 {{
@@ -50,7 +50,10 @@ FENCES = """
 	.reg .b32 %r<9>;
 	.reg .b64 %rd<9>;
 	mov.u32 %r1, %tid.x;
-	setp.lt.s32 %p1, %r1, {first};
+"""
+FENCES = (
+    HEAD
+    + """	setp.lt.s32 %p1, %r1, {first};
 	setp.lt.s32 %p2, %r1, 65;
 	@%p1 bra $L1;
 	wgmma.fence.sync.aligned;
@@ -68,6 +71,7 @@ $L2:
 	ret;
 }}
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -121,21 +125,16 @@ def test_copy_is_kept_while_it_is_the_same():
     assert second is not first and list(first) == [0] * 12 and list(second)[7] == 0x80
 
 
-LOADS = """
-.visible .entry kernel()
-.reqntid 128
-{{
-	.reg .pred %p<9>;
-	.reg .b32 %r<9>;
-	.reg .b64 %rd<9>;
-	mov.u32 %r1, %tid.x;
-	setp.lt.s32 %p1, %r1, 7;
+LOADS = (
+    HEAD
+    + """	setp.lt.s32 %p1, %r1, 7;
 	mov.u32 %r3, %r1;
 	@%p1 {load};
 	{use};
 	ret;
 }}
 """
+)
 
 
 @pytest.mark.parametrize(
